@@ -1,0 +1,116 @@
+"""Rollouts end to end in one row, each prompt once; masks end here, at the action axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tilt.data.rollouts import Rollout
+from tilt.segments import Layout
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A forest of token runs, two levels deep: a segment sees itself causally and its parent wholly.
+
+    `start`, `length`, `parent` are int64 [N]; `parent` is -1 for a root. A prompt is a root, its answers are its children;
+    a text without a shared prompt is a root of its own. The runs tile the row in order.
+    """
+
+    start: Tensor
+    length: Tensor
+    parent: Tensor
+
+    def to(self, device: torch.device | str) -> Segments:
+        return Segments(self.start.to(device), self.length.to(device), self.parent.to(device))
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Rollouts as one row of tokens [T], with positions that restart, and the actions [A] with the index of the token whose output chose each.
+
+    Worked example: prompt 5 6, sampled 7 8 E → tokens 5 6 7 8 E, positions 0 1 2 3 4, predictors 1 2 3, actions 7 8 E.
+    A second answer 9 E to the same prompt adds tokens 9 E at positions 2 3, predictors 1 5, actions 9 E.
+    `own` [S] is the segment of each sequence: a child of its prompt's segment, or a root where the prompt is empty.
+    `sampler` [A] holds the sampler's log-probabilities (NaN for demonstrations).
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Segments
+    predictors: Tensor
+    actions: Tensor
+    layout: Layout
+    own: Tensor
+    sampler: Tensor
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """Index of the last token of each sequence, [S]."""
+        return self.segments.start[self.own] + self.segments.length[self.own] - 1
+
+    def to(self, device: torch.device | str) -> Pack:
+        return Pack(
+            self.tokens.to(device), self.positions.to(device), self.segments.to(device), self.predictors.to(device),
+            self.actions.to(device), self.layout.to(device), self.own.to(device), self.sampler.to(device),
+        )  # fmt: skip
+
+
+def pack(rollouts: Sequence[Rollout]) -> Pack:
+    """Lay rollouts end to end, each prompt once, sequences in the given order.
+
+    Rollouts with the same prompt id and tokens share the prompt's segment and count as one group in `layout.prompt`.
+    """
+    groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for i, rollout in enumerate(rollouts):
+        groups.setdefault((rollout.prompt.id, rollout.prompt.tokens), []).append(i)
+
+    tokens: list[int] = []
+    start, length, parent = [], [], []
+    positions: list[np.ndarray] = []
+    own = [0] * len(rollouts)
+    group_of = [0] * len(rollouts)
+
+    def segment(run: tuple[int, ...], above: int, first: int) -> int:
+        start.append(len(tokens))
+        length.append(len(run))
+        parent.append(above)
+        tokens.extend(run)
+        positions.append(np.arange(first, first + len(run)))
+        return len(start) - 1
+
+    for number, ((_, prompt), members) in enumerate(groups.items()):
+        root = segment(prompt, -1, 0) if prompt else -1
+        for i in members:
+            own[i] = segment(rollouts[i].tokens, root, len(prompt))
+            group_of[i] = number
+
+    predictors, counts, sampler = [], [], []
+    for i, rollout in enumerate(rollouts):
+        chosen = np.flatnonzero(np.asarray(rollout.sampled, dtype=bool))
+        first, above = start[own[i]], parent[own[i]]
+        before = first + chosen - 1
+        if len(chosen) and chosen[0] == 0:
+            assert above >= 0, "the first token of a text without a prompt has no predictor, so it cannot be an action"
+            before[0] = start[above] + length[above] - 1
+        assert len(chosen), "every sequence needs at least one action"
+        predictors.append(before)
+        counts.append(len(chosen))
+        sampler.append(np.asarray(rollout.logprobs, dtype=np.float64)[chosen])
+    starts = np.asarray(start, dtype=np.int64)
+    picked = [starts[own[i]] + np.flatnonzero(np.asarray(r.sampled, dtype=bool)) for i, r in enumerate(rollouts)]
+    row = torch.tensor(tokens, dtype=torch.long)
+    return Pack(
+        tokens=row,
+        positions=torch.from_numpy(np.concatenate(positions).astype(np.int64)),
+        segments=Segments(torch.from_numpy(starts), torch.tensor(length), torch.tensor(parent)),
+        predictors=torch.from_numpy(np.concatenate(predictors).astype(np.int64)),
+        actions=row[torch.from_numpy(np.concatenate(picked).astype(np.int64))],
+        layout=Layout.of(counts, group_of),
+        own=torch.tensor(own),
+        sampler=torch.from_numpy(np.concatenate(sampler)).to(torch.get_default_dtype()),
+    )

@@ -1,0 +1,83 @@
+"""What an objective reads: rewards, the models' signals, and the experience made of them, all on the action axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from tilt.segments import Layout
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What was earned: `total` per sequence [S] (the weighted sum of `parts`), dense `steps` per action [A], and which sequences could be `scored` [S]."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    steps: Tensor = field(default_factory=lambda: torch.zeros(0))
+    scored: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+
+    @staticmethod
+    def of(total: Tensor, steps: Tensor | None = None, *, parts: Mapping[str, Tensor] | None = None, scored: Tensor | None = None, actions: int = 0) -> Rewards:
+        """Sequence rewards, all scored unless said otherwise; `steps` are zeros [actions] where none are given."""
+        dense = torch.zeros(actions, dtype=total.dtype, device=total.device) if steps is None else steps
+        seen = torch.ones_like(total, dtype=torch.bool) if scored is None else scored
+        return Rewards(total, parts or {}, dense, seen)
+
+
+@dataclass(frozen=True)
+class Signals:
+    """Log-probabilities of the actions under the sampler, the old policy and the reference, the critic's values (A each), and its value after the last action (S).
+
+    A signal that nobody asked for is NaN: typed, and loud if used.
+    """
+
+    sampler: Tensor
+    old: Tensor
+    reference: Tensor
+    values: Tensor
+    final: Tensor
+
+    @staticmethod
+    def of(old: Tensor, *, sampler: Tensor | None = None, reference: Tensor | None = None, values: Tensor | None = None, final: Tensor | None = None, sequences: int = 0) -> Signals:
+        nan = torch.full_like(old, float("nan"))
+        end = old.new_full((sequences,), float("nan")) if final is None else final
+        return Signals(nan if sampler is None else sampler, old, nan if reference is None else reference, nan if values is None else values, end)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the learner's forward pass gives the loss: logprobs, entropy, exact KL and values (A each), final value (S). What a row does not need is NaN."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor
+    values: Tensor
+    final: Tensor
+
+    @staticmethod
+    def of(logprobs: Tensor, *, entropy: Tensor | None = None, kl: Tensor | None = None, values: Tensor | None = None, final: Tensor | None = None, sequences: int = 0) -> Outputs:
+        nan = torch.full_like(logprobs, float("nan")).detach()
+        end = nan.new_full((sequences,), float("nan")) if final is None else final
+        return Outputs(logprobs, nan if entropy is None else entropy, nan if kl is None else kl, nan if values is None else values, end)
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Ready for the loss: advantages, returns and weights (A each) fixed on the whole batch, before any split."""
+
+    layout: Layout
+    signals: Signals
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor
+
+    def take(self, sequences: Tensor) -> Experience:
+        """The part of the experience that belongs to these sequences, actions in the order in which the sequences are named."""
+        actions = self.layout.actions_of(sequences)
+        per_sequence = {"final"}
+        signals = Signals(**{f.name: getattr(self.signals, f.name)[sequences if f.name in per_sequence else actions] for f in fields(Signals)})
+        return Experience(self.layout.take(sequences), signals, self.advantages[actions], self.returns[actions], self.weights[actions])
