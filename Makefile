@@ -1,0 +1,52 @@
+# Every target sets up .venv by itself: a virtual environment with the pinned versions of constraints.txt and the package.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+WORKERS ?= 2
+ENV    := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help quickstart test test-all lint format bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(VENV)/.installed  ## SFT → reward model → PPO, and GRPO, from scratch: offline, two cores, minutes
+	$(BIN)/tilt quickstart
+
+test: lint  ## lint, types and the tests
+	$(ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+
+test-all: lint  ## the same with the slow tests
+	$(ENV) $(BIN)/python -m pytest -q -n $(WORKERS)
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev  ## every benchmark of benchmarks/, one after the other
+	@set -e; found=0; for file in benchmarks/*.py; do \
+	  test -e "$$file" || continue; found=1; echo "== $$file"; HF_HUB_OFFLINE=1 $(BIN)/python "$$file"; \
+	done; test $$found = 1 || { echo "benchmarks/ holds no benchmark yet"; exit 1; }
+
+clean:  ## remove the environment, caches and builds; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "Tilt needs Python 3.11 or newer, and '$(PYTHON)' is not on the PATH: make PYTHON=/path/to/python3.12 …"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Tilt needs Python 3.11 or newer; %s is %d.%d. Name another one: make PYTHON=python3.12 ..." % (sys.executable, v[0], v[1]))'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.installed
