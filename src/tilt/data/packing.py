@@ -53,6 +53,50 @@ class Pack:
         """Index of the last token of each sequence, [S]."""
         return self.segments.start[self.own] + self.segments.length[self.own] - 1
 
+    @property
+    def costs(self) -> Tensor:
+        """Tokens that each sequence adds to a row when its prompt is already there, [S]."""
+        return self.segments.length[self.own]
+
+    def take(self, sequences: Tensor) -> Pack:
+        """The pack of these sequences alone, in this order, each of their prompts once."""
+        own = self.own[sequences]
+        above = self.segments.parent[own]
+        roots = torch.unique(above[above >= 0])
+        kept = torch.cat([roots, own])
+        length = self.segments.length[kept]
+        start = length.cumsum(0) - length
+        tokens = torch.repeat_interleave(self.segments.start[kept] - start, length) + torch.arange(int(length.sum()), device=length.device)
+        moved = torch.empty_like(self.tokens)
+        moved[tokens] = torch.arange(len(tokens), device=tokens.device)
+        parent = torch.full_like(kept, -1)
+        parent[len(roots) :] = torch.where(above >= 0, torch.searchsorted(roots, above), -1)
+        actions = self.layout.actions_of(sequences)
+        return Pack(
+            self.tokens[tokens], self.positions[tokens], Segments(start, length, parent), moved[self.predictors[actions]],
+            self.actions[actions], self.layout.take(sequences), torch.arange(len(roots), len(kept), device=kept.device), self.sampler[actions],
+        )  # fmt: skip
+
+    def split(self, budget: int, sequences: Tensor | None = None) -> list[Tensor]:
+        """Cut sequences (all by default) into parts of at most `budget` tokens, prompts counted once a part; answers to one prompt stay together where they fit.
+
+        A sequence longer than the budget is a part of its own.
+        """
+        chosen = torch.arange(self.layout.sequences) if sequences is None else sequences
+        chosen = chosen[torch.argsort(self.layout.prompt[chosen].cpu(), stable=True)]
+        above = self.segments.parent[self.own[chosen]]
+        prompt_cost = torch.where(above >= 0, self.segments.length[above.clamp(min=0)], 0).tolist()
+        parts: list[list[int]] = []
+        used, group = 0, -1
+        for i, cost, head, owner in zip(chosen.tolist(), self.costs[chosen].tolist(), prompt_cost, self.layout.prompt[chosen].tolist(), strict=True):
+            extra = cost + (head if owner != group else 0)
+            if not parts or used + extra > budget:
+                parts.append([])
+                used, extra = 0, cost + head
+            parts[-1].append(i)
+            used, group = used + extra, owner
+        return [torch.tensor(part) for part in parts]
+
     def to(self, device: torch.device | str) -> Pack:
         return Pack(
             self.tokens.to(device), self.positions.to(device), self.segments.to(device), self.predictors.to(device),
