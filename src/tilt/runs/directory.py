@@ -1,0 +1,163 @@
+"""The directory of a run: its name, what lies in it, and the record of the environment it started in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import tilt
+from tilt.errors import UsageError
+from tilt.runs.files import atomic_write, flush, vacant
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pyarrow", "pydantic")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """`runs/<name>/` and the places in it; usable wherever a path is."""
+
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "env.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.md"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+
+def auto_name(recipe: str, model: str) -> str:
+    """`<recipe>-<model>-<short id>`, readable and new: rl, "Qwen/Qwen3-0.6B" → `rl-qwen3-0.6b-4f09a1`."""
+    last = model.rstrip("/").rpartition("/")[2]
+    slug = re.sub(r"[^a-z0-9.]+", "-", last.lower()).strip("-.")[:32] or "model"
+    return f"{recipe.replace('_', '-')}-{slug}-{secrets.token_hex(3)}"
+
+
+def create(root: Path | str, name: str, *, config_yaml: str, command: Sequence[str] | str, overwrite: bool = False) -> RunDirectory:
+    """Make `root/name/` with config.yaml, env.json and log.txt; it appears complete or not at all. An existing directory is refused."""
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]*", name):
+        raise UsageError(f"`{name}` cannot name a run: use letters, digits, `_`, `-` and `.`, starting with a letter or digit")
+    path = Path(root) / name
+    if path.exists() or path.is_symlink():
+        _make_way(path, overwrite)
+    line = command if isinstance(command, str) else " ".join(command)
+    making = vacant(path)
+    making.mkdir(parents=True)
+    try:
+        (making / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        (making / "env.json").write_text(json.dumps(environment(command=line), indent=2) + "\n", encoding="utf-8")
+        (making / "log.txt").write_text(f"{line}\n", encoding="utf-8")
+        for folder in ("rollouts", "checkpoints"):
+            (making / folder).mkdir()
+        for file in making.iterdir():
+            flush(file)
+        making.rename(path)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+    return RunDirectory(path)
+
+
+def _make_way(path: Path, overwrite: bool) -> None:
+    """Refuse an existing directory with the three ways out; with `overwrite` delete it, if it is a run's."""
+    if not overwrite:
+        ways = "another name (name=…)", "no name at all (one is made up)", "--overwrite (deletes the old run)"
+        raise UsageError(f"{path} exists already, and nothing is overwritten. Three ways out:\n" + "\n".join(f"  {i}. {way}" for i, way in enumerate(ways, 1)))
+    ours = path.is_dir() and not path.is_symlink() and (path / "config.yaml").is_file() and (path / "env.json").is_file()
+    if not ours:
+        raise UsageError(f"{path} exists and is not the directory of a run (no config.yaml and env.json): it is not deleted; choose another name")
+    aside = vacant(path)
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def environment(command: str = "") -> dict[str, Any]:
+    """Versions, machine, threads, device and source of this process; what is not installed is null."""
+    torch = sys.modules.get("torch")
+    cuda = bool(torch and torch.cuda.is_available())
+    return {
+        "command": command,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "directory": os.getcwd(),
+        "tilt": tilt.__version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch else None,
+        "device": torch.cuda.get_device_name() if torch and cuda else "cpu",
+        "git": _git(Path.cwd()),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(directory: Path) -> dict[str, Any] | None:
+    """The commit of the working directory and a hash of what differs from it; null outside a repository."""
+
+    def ask(*arguments: str) -> bytes:
+        return subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, check=True, timeout=10).stdout
+
+    try:
+        commit, difference = ask("rev-parse", "HEAD").decode().strip(), ask("diff", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "diff_sha256": hashlib.sha256(difference).hexdigest() if difference else None, "diff_lines": difference.count(b"\n")}
+
+
+def write_config(directory: RunDirectory, config_yaml: str) -> None:
+    """Replace config.yaml, atomically."""
+    atomic_write(directory.config, config_yaml)

@@ -1,0 +1,59 @@
+"""Model text made safe and short for people: control characters shown, not obeyed; cut in the middle by display width."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from rich.cells import cell_len
+
+
+def inert(text: str, *, newline: str = "↵") -> str:
+    """Text that a terminal cannot obey: control, direction and other invisible characters become `\\x1b`, `\\u202e` …; newlines become `newline`."""
+    return "".join(_visible(c, newline) for c in text)
+
+
+def _visible(character: str, newline: str) -> str:
+    if character == "\n":
+        return newline
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character != "\u200d":
+        code = ord(character)
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    return character
+
+
+def middle(text: str, width: int) -> str:
+    """At most `width` terminal cells, cut in the middle: 12 cells of `abcdefghijklmnop` → `abcdef…lmnop`; a CJK character is two cells."""
+    if cell_len(text) <= width:
+        return text
+    if width < 3:
+        return "…"[:width]
+    room = width - 1
+    return _head(text, room - room // 2) + "…" + _head(text[::-1], room // 2)[::-1]
+
+
+def _head(text: str, width: int) -> str:
+    used = 0
+    for index, character in enumerate(text):
+        used += cell_len(character)
+        if used > width:
+            return text[:index]
+    return text
+
+
+def number(value: float) -> str:
+    """Four significant digits, fit for a column: 0.01234, 1234, 1.2e-06."""
+    if value != value or value in (float("inf"), float("-inf")):
+        return str(value)
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 05 min`, `3 d`."""
+    whole = max(0, int(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min" if whole < 172800 else f"{whole // 86400} d"
