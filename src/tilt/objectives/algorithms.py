@@ -1,0 +1,62 @@
+"""THE TABLE: every algorithm is a row of six choices; docs/algorithms.md has the formulas and papers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from tilt.objectives.credit import GAE, GroupRelative, Imitate, Return, ReturnToGo
+from tilt.objectives.objective import Objective
+from tilt.objectives.policy import (
+    K1, K2, K3, CappedScore, Clip, GeometricRatio, GeometricTokenRatio, Importance, NoPenalty, NoRatio, PerBudget, ProductRatio, Score,
+    SequenceAverage, SequenceK3, SoftGate, TokenAverage, TokenRatio, TwoSided,
+)  # fmt: skip
+from tilt.objectives.preference import Centring, ImplicitReward, Logistic, NoRegulariser, Preference, ScoreMargin
+from tilt.objectives.value import NoValue, ValueLoss
+
+GROUP = GroupRelative()
+LEAVE_ONE_OUT = GroupRelative("leave_one_out", "none", kl=0.05)
+CRITIC = GAE(gamma=1.0, lam=0.95, kl=0.05)
+
+# fmt: off
+ALGORITHMS: Mapping[str, Objective] = MappingProxyType({
+    #                                 credit                                     ratio                  surrogate          average            penalty          value
+    "sft":                  Objective(Imitate(),                                 NoRatio(),             Score(),           TokenAverage()),
+    "raft":                 Objective(Imitate(keep="best"),                      NoRatio(),             Score(),           TokenAverage()),
+    "reinforce":            Objective(Return(),                                  NoRatio(),             Score(),           PerBudget(1)),
+    "reinforce_rtg":        Objective(ReturnToGo(),                              NoRatio(),             Score(),           PerBudget(1)),
+    "reinforce_baseline":   Objective(ReturnToGo(baseline="critic"),             NoRatio(),             Score(),           PerBudget(1),      NoPenalty(),     ValueLoss(0.5)),
+    "rloo":                 Objective(LEAVE_ONE_OUT,                             NoRatio(),             Score(),           PerBudget(1)),
+    "rloo_clip":            Objective(LEAVE_ONE_OUT,                             ProductRatio(),        Clip(0.2, 0.2),    SequenceAverage()),
+    "ppo":                  Objective(CRITIC,                                    TokenRatio(),          Clip(0.2, 0.2),    TokenAverage(),    NoPenalty(),     ValueLoss(0.1, 0.2)),
+    "reinforce_pp":         Objective(ReturnToGo(kl=0.01, whitened=True),        TokenRatio(),          Clip(0.2, 0.2),    TokenAverage()),
+    "reinforce_pp_baseline":Objective(GroupRelative("mean", "whitened", ddof=0), TokenRatio(),          Clip(0.2, 0.2),    TokenAverage(),    K2(0.01)),
+    "grpo":                 Objective(GROUP,                                     TokenRatio(),          Clip(0.2, 0.2),    SequenceAverage(), K3(0.04)),
+    "grpo_r1":              Objective(GROUP,                                     ProductRatio(),        Clip(0.2, 0.2),    SequenceAverage(), SequenceK3(0.04)),
+    "dr_grpo":              Objective(GroupRelative("mean", "none"),             TokenRatio(),          Clip(0.2, 0.2),    PerBudget(3000)),
+    "dapo":                 Objective(GROUP,                                     TokenRatio(),          Clip(0.2, 0.28),   TokenAverage()),
+    "lite_ppo":             Objective(GroupRelative("mean", "batch_std"),        TokenRatio(),          Clip(0.2, 0.2),    TokenAverage()),
+    "gspo":                 Objective(GROUP,                                     GeometricRatio(),      Clip(3e-4, 4e-4),  SequenceAverage()),
+    "gspo_token":           Objective(GROUP,                                     GeometricTokenRatio(), Clip(3e-4, 4e-4),  SequenceAverage()),
+    "cispo":                Objective(GROUP,                                     TokenRatio(),          CappedScore(1.28), TokenAverage()),
+    "sapo":                 Objective(GROUP,                                     TokenRatio(),          SoftGate(1, 1.05), SequenceAverage()),
+})
+
+PREFERENCES: Mapping[str, Preference] = MappingProxyType({
+    #                          margin               link        regulariser
+    "reward_model": Preference(ScoreMargin(),       Logistic(), NoRegulariser()),
+    "dpo":          Preference(ImplicitReward(0.1), Logistic(), NoRegulariser()),
+})
+
+PIECES: Mapping[str, Mapping[str, type]] = MappingProxyType({
+    "credit":      {"imitate": Imitate, "return": Return, "return_to_go": ReturnToGo, "gae": GAE, "group_relative": GroupRelative},
+    "ratio":       {"none": NoRatio, "token": TokenRatio, "product": ProductRatio, "geometric": GeometricRatio, "geometric_token": GeometricTokenRatio},
+    "surrogate":   {"score": Score, "importance": Importance, "clip": Clip, "two_sided": TwoSided, "capped_score": CappedScore, "soft_gate": SoftGate},
+    "average":     {"token": TokenAverage, "sequence": SequenceAverage, "per_budget": PerBudget},
+    "penalty":     {"none": NoPenalty, "k1": K1, "k2": K2, "k3": K3, "sequence_k3": SequenceK3},
+    "value":       {"none": NoValue, "value_loss": ValueLoss},
+    "margin":      {"score": ScoreMargin, "implicit_reward": ImplicitReward},
+    "link":        {"logistic": Logistic},
+    "regulariser": {"none": NoRegulariser, "centring": Centring},
+})
+# fmt: on

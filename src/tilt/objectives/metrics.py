@@ -1,0 +1,100 @@
+"""What a batch of experience says about itself, and the glossary: one line per metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from tilt.objectives.credit import earned, settled
+from tilt.objectives.experience import Rewards, Signals
+from tilt.objectives.objective import Metrics
+from tilt.segments import Layout, group_count, group_flat, segment_sum
+
+
+@torch.no_grad()
+def batch_metrics(rewards: Rewards, signals: Signals, layout: Layout, *, kl: float) -> Metrics:
+    """Metrics of a whole batch before its update, as (sum, weight); `kl` is the coefficient of the KL in the reward.
+
+    A pair of weight 0 was not measured: nobody asked for its signal. Rewards are over scored sequences.
+    """
+    drift = segment_sum(signals.old - signals.reference, layout)
+    clean, _ = settled(rewards, signals, layout)
+    score, scored = earned(clean, layout), clean.scored
+    found = {
+        "objective/kl": _mean(drift),
+        "objective/entropy": _mean(-segment_sum(signals.old, layout)),
+        "objective/non_score_reward": _mean(-kl * drift if kl else torch.zeros_like(drift)),
+        "objective/rlhf_reward": _mean(torch.where(scored, score - kl * drift if kl else score, torch.nan)),
+        "objective/scores": _mean(torch.where(scored, score, torch.nan)),
+        "objective/scores_std": _std(torch.where(scored, score, torch.nan)),
+        "objective/unscored": ((~scored).sum().to(score), score.new_tensor(layout.sequences)),
+        "length/mean": _mean(layout.lengths.to(score)),
+    }
+    for name, part in rewards.parts.items():
+        found[f"reward/{name}"] = _mean(part.to(score))
+        found[f"reward/{name}_std"] = _std(part.to(score))
+    several = group_count(layout, scored) > 1
+    found["groups/zero_variance"] = ((group_flat(score, layout, scored) & several).sum().to(score), several.sum().to(score))
+    return found
+
+
+def _mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and number of the entries that are not NaN."""
+    return x.nansum(), (~x.isnan()).sum().to(x)
+
+
+def _std(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviation (divisor n) of the entries that are not NaN, times n, and n."""
+    total, count = _mean(x)
+    away = torch.where(x.isnan(), 0, x - total / count)
+    return torch.where(count > 0, (away.square().sum() / count).sqrt() * count, 0), count
+
+
+GLOSSARY: Mapping[str, str] = MappingProxyType({
+    "loss": "The loss summed over the batch, penalty and value term included. No healthy range: it need not fall in RL. NaN stops the run; read the reward instead.",
+    "kl": "Mean over answers of sum_t (old - reference), nats. Grows slowly from 0; if it runs away, raise kl or beta or lower the learning rate.",
+    "entropy": "Mean exact entropy of the policy over actions, nats. Falls slowly; near 0 exploration is over: raise temperature or the upper clip, or stop earlier.",
+    "grad_norm": "Norm of the gradient before clipping. Steady within a factor of ten; spikes ask for a lower learning rate, exact 0 for a reward that varies.",
+    "lr": "Learning rate of the policy at this step. Follows the schedule; check it first when nothing moves.",
+    "objective/kl": "Mean over answers of sum_t (old - reference), nats: distance from the reference. Starts at 0; stay under the cap you state for the run.",
+    "objective/entropy": "Mean over answers of sum_t -old: surprise of the sampled answers, nats, so it grows with length. A collapse to 0 means one answer: lower the learning rate.",
+    "objective/non_score_reward": "Mean of -kl * sum_t (old - reference): what the KL in the reward costs. Small beside the scores; if it dominates, lower kl.",
+    "objective/rlhf_reward": "Mean of score plus non-score reward: what the policy is trained on. Should rise; if scores rise and this falls, the KL grows too fast.",
+    "objective/scores": "Mean reward of the scored answers. Should rise; compare with held-out evaluation, and read samples when it rises too easily.",
+    "objective/scores_std": "Standard deviation of the reward over the batch. Above 0; at 0 there is nothing to learn from: mix prompts or raise the temperature.",
+    "objective/unscored": "Share of answers that the reward could not score. Near 0; they train nothing: look at them in the sample table.",
+    "reward/<part>": "Mean of one part of the reward before its weight. Watch which part the policy finds first; a part that falls is being traded away.",
+    "reward/<part>_std": "Standard deviation of that part over the batch. A part that no longer varies teaches nothing.",
+    "groups/zero_variance": "Share of prompts whose answers all earned the same: they give no group-relative signal. Under a half; else prompts are too easy or too hard.",
+    "groups/kept": "Groups kept by dynamic sampling. Close to what was asked; when few are kept, change the mix of prompts.",
+    "length/mean": "Mean number of actions of an answer. Drifts with the task; steady growth with flat reward is padding: check the average and the length reward.",
+    "length/truncated": "Share of answers cut at max_tokens. Under 0.1; else raise max_tokens or reward stopping.",
+    "policy/approxkl_avg": ".5 mean (logprobs - old)^2 over actions and updates: how far this batch moved the policy. Below about 0.02; else fewer passes or a lower learning rate. Exactly 0 on a first update.",
+    "policy/clipfrac_avg": "Share of actions (sequences, for sequence ratios) whose gradient the clip cut or capped. 0 on a first update, then below about 0.2; above it lower the learning rate.",
+    "policy/clipfrac_low": "The part of the clip fraction with the ratio too low (Adv < 0). Much larger than the high part: bad answers are pushed down fast.",
+    "policy/clipfrac_high": "The part with the ratio too high (Adv > 0, or beyond the cap). Large while entropy falls: raise the upper clip.",
+    "policy/entropy_avg": "Exact entropy of the policy, mean over actions, nats. As for `entropy`; absent where it was not computed.",
+    "policy/penalty_avg": "Mean penalty taken off the gain, beta included. Small beside the spread of the advantages; else lower beta.",
+    "loss/policy_avg": "The policy part of the loss, penalty included. On a first update of whitened or centred advantages near 0; not a measure of progress.",
+    "loss/value_avg": "The critic's loss before its coefficient. Falls early, then follows the rewards; if it stays high raise the critic's learning rate.",
+    "val/clipfrac_avg": "Share of actions on which value clipping decides. Below about 0.2; more means that the critic is too slow: widen the clip or add passes.",
+    "val/ratio": "Mean ratio policy / old over actions. 1 on a first update, then within a few percent; else passes reach too far.",
+    "val/ratio_spread": "Mean (ratio - 1)^2 over actions. 0 on a first update; growth over passes shows how much of the batch is off-policy.",
+    "sampler/logprob_gap_mean": "Mean |old - sampler| over actions, nats. Under 0.01 in float32, 0.05 in bf16; above it the sampler and the learner disagree: check precision and temperature.",
+    "sampler/logprob_gap_max": "Largest |old - sampler|. Under 0.1 in float32; single large gaps point to a wrong position, mask or stop token.",
+    "preference/loss": "Mean loss of the pairs. log 2 = 0.693 at indifference; should fall on held-out pairs, else stop: it overfits.",
+    "preference/accuracy": "Share of pairs whose chosen answer has the larger reward (a tie counts half). Above 0.5; 1.0 in training with 0.6 held out is memorising.",
+    "preference/margin": "Mean reward of chosen less rejected. Grows from 0; very large margins mean over-confidence: add label smoothing or stop.",
+    "preference/rewards/chosen": "Mean reward of chosen answers (DPO: beta log policy / reference). If it falls with the margin growing, good answers become unlikely too: lower the learning rate.",
+    "preference/rewards/rejected": "Mean reward of rejected answers. Falls; a collapse to large negative numbers asks for a larger beta.",
+    "skipped": "Steps skipped because no group was left to learn from. Near 0; else prompts are too easy or too hard.",
+    "tokens_per_second": "Sampled tokens per second of the whole step. Steady; a slow decline is growing answers.",
+    "time/generate": "Seconds spent sampling. Usually the largest part; shorten with fewer tokens or larger batches.",
+    "time/reward": "Seconds spent on rewards. Small for rules; a slow judge or function shows here.",
+    "time/evaluate": "Seconds spent scoring under old, reference and critic. Below the update; 0 where a row needs none.",
+    "time/update": "Seconds spent on passes over the batch. Grows with passes; larger micro-batches help until memory is full.",
+    "time/publish": "Seconds spent handing weights to the sampler. Near 0 in one process.",
+})

@@ -1,0 +1,151 @@
+"""An algorithm: a row of six choices, fixed on the batch by `prepare` and added up over its parts by `loss`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tilt.objectives.credit import Credit, Imitate, settled
+from tilt.objectives.experience import Experience, Outputs, Rewards, Signals
+from tilt.objectives.policy import Average, NoPenalty, Penalty, Ratio, Surrogate, TokenAverage
+from tilt.objectives.value import NoValue, Value
+from tilt.segments import Layout, segment_mean, segment_sum, spread
+from tilt.shapes import ActionMask, Scalar
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+"""Detached (sum, weight) pairs: pairs of parts add; the metric is sum / weight, and is absent where the weight is 0."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """loss = sum_t w_t (penalty_t - surrogate(ratio, logprobs, advantages)_t + coefficient * value_t).
+
+    `prepare` fixes advantages and weights w on the whole batch; the losses of any split into whole sequences then add up to the loss of the batch.
+    """
+
+    credit: Credit
+    ratio: Ratio
+    surrogate: Surrogate
+    average: Average
+    penalty: Penalty = NoPenalty()
+    value: Value = NoValue()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals that a batch of several optimizer steps reads, among old, reference, values. With one step old may be the detached logprobs,
+        unless `credit.needs` names it."""
+        return self.credit.needs | self.ratio.needs | self.penalty.needs | self.value.needs
+
+    @property
+    def passes(self) -> int | None:
+        """How often one action may be trained on: None is any number, as for demonstrations."""
+        return None if isinstance(self.credit, Imitate) else getattr(self.surrogate, "passes", None)
+
+    def check(self, samples: int, passes: int) -> list[str]:
+        """Why this row cannot run with so many samples a prompt and passes over a batch, in the user's words; empty when it can."""
+        problems = []
+        if self.credit.compares and samples < 2:
+            problems.append(f"{self.credit!r} compares the answers to one prompt, so samples={samples} gives no signal: set samples to 2 or more")
+        if self.passes is not None and passes > self.passes:
+            problems.append(
+                f"{self.surrogate!r} is right for {self.passes} pass over fresh samples, not passes={passes}: "
+                f"set passes to {self.passes}, or choose a surrogate with a clipped ratio (clip)"
+            )
+        if "values" in self.credit.needs and "values" not in self.value.needs:
+            problems.append(f"{self.credit!r} reads a critic that nothing trains: set value to value_loss")
+        if "values" in self.value.needs and "values" not in self.credit.needs:
+            problems.append(f"{self.value!r} trains a critic that {type(self.credit).__name__} never reads: set value to none")
+        return problems
+
+    def notes(self) -> list[str]:
+        """What a reader of this row should know although it may run."""
+        notes = []
+        if self.ratio.per_sequence and isinstance(self.average, TokenAverage):
+            notes.append(
+                f"{type(self.ratio).__name__} with the token average weighs each sequence by its length: this is not GSPO, whose average is sequence"
+            )
+        return notes
+
+    def prepare(self, rewards: Rewards, signals: Signals, layout: Layout) -> Experience:
+        """Advantages, returns and weights of the whole batch; what does not count has advantage and weight 0."""
+        with torch.no_grad():
+            quiet_rewards, quiet_signals = settled(rewards, signals, layout)
+            advantages, returns, counted = self.credit(quiet_rewards, quiet_signals, layout)
+            seen = spread(counted, layout)
+            weights = self.average(layout, counted).to(signals.old)
+            kept = signals if signals.final.numel() else replace(signals, final=quiet_signals.final)
+            return Experience(layout, kept, torch.where(seen, advantages, 0), torch.where(seen, returns, 0), weights)
+
+    def loss(self, outputs: Outputs, experience: Experience) -> Scalar:
+        """The part of the batch's loss that these whole sequences contribute; parts add, in value and gradient."""
+        outputs, experience = _quiet(outputs, experience, _counted(experience))
+        loss = self._policy_loss(outputs, experience)
+        if self.value.needs:
+            loss = loss + self.value.coefficient * self._value_loss(outputs, experience)
+        return loss
+
+    def _ratio(self, outputs: Outputs, experience: Experience) -> Tensor:
+        return self.ratio(outputs.logprobs, experience.signals.old, experience.layout)
+
+    def _policy_loss(self, outputs: Outputs, experience: Experience) -> Tensor:
+        gain = self.surrogate(self._ratio(outputs, experience), outputs.logprobs, experience.advantages)
+        gain = gain - self.penalty(outputs, experience.signals, experience.layout)
+        return -(experience.weights * gain).sum()
+
+    def _value_loss(self, outputs: Outputs, experience: Experience) -> Tensor:
+        return (experience.weights * self.value(outputs.values, experience.signals.values, experience.returns)).sum()
+
+    @torch.no_grad()
+    def metrics(self, outputs: Outputs, experience: Experience) -> Metrics:
+        """What this part says about the update, as (sum, weight); means are over actions (clip fractions of sequence ratios over sequences)."""
+        seen = _counted(experience)
+        outputs, experience = _quiet(outputs, experience, seen)
+        layout, signals = experience.layout, experience.signals
+        count, share = seen.sum().to(experience.weights), self.average.share(experience.weights, layout)
+        found: Metrics = {"loss/policy_avg": (self._policy_loss(outputs, experience), share)}
+        measured = seen & ~outputs.entropy.isnan()
+        found["policy/entropy_avg"] = (torch.where(measured, outputs.entropy, 0).sum(), measured.sum().to(count))
+        if "old" in self.ratio.needs:
+            ratio, change = self._ratio(outputs, experience), outputs.logprobs - signals.old
+            found["policy/approxkl_avg"] = (0.5 * change.square().sum(), count)
+            found["val/ratio"] = (torch.where(seen, ratio, 0).sum(), count)
+            found["val/ratio_spread"] = (torch.where(seen, (ratio - 1).square(), 0).sum(), count)
+            low, high = self.surrogate.clipped(ratio, experience.advantages) if hasattr(self.surrogate, "clipped") else (~seen & seen,) * 2
+            for name, mask in (("clipfrac_avg", low | high), ("clipfrac_low", low), ("clipfrac_high", high)):
+                found[f"policy/{name}"] = _fraction(mask & seen, seen, layout, self.ratio.per_sequence)
+        if self.penalty.needs:
+            found["policy/penalty_avg"] = (self.penalty(outputs, signals, layout).sum(), count)
+        if self.value.needs:
+            clipped = self.value.clipped(outputs.values, signals.values, experience.returns)
+            found["loss/value_avg"] = (self._value_loss(outputs, experience), share)
+            found["val/clipfrac_avg"] = _fraction(clipped & seen, seen, layout, False)
+        return found
+
+
+def _counted(experience: Experience) -> ActionMask:
+    """Actions of the sequences that carry any weight, [A]."""
+    return spread(segment_sum(experience.weights.abs(), experience.layout) > 0, experience.layout)
+
+
+def _quiet(outputs: Outputs, experience: Experience, seen: ActionMask) -> tuple[Outputs, Experience]:
+    """Zeros in place of whatever the other sequences hold: neither their NaN nor their overflow reaches the loss or its gradient."""
+
+    def zero(x: Tensor) -> Tensor:
+        return torch.where(seen, x, 0)
+
+    signals = experience.signals
+    kept = Signals(zero(signals.sampler), zero(signals.old), zero(signals.reference), zero(signals.values), signals.final)
+    return (
+        Outputs(zero(outputs.logprobs), zero(outputs.entropy), zero(outputs.kl), zero(outputs.values), outputs.final),
+        replace(experience, signals=kept),
+    )
+
+
+def _fraction(mask: ActionMask, seen: ActionMask, layout: Layout, per_sequence: bool) -> tuple[Tensor, Tensor]:
+    """How many of the seen actions, or of their sequences, are in the mask, and of how many."""
+    shape = torch.zeros((), dtype=torch.float64, device=mask.device)
+    if per_sequence:
+        return segment_mean(mask.to(shape), layout).sum(), segment_mean(seen.to(shape), layout).sum()
+    return mask.sum().to(shape), seen.sum().to(shape)
