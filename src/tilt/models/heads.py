@@ -1,0 +1,46 @@
+"""From hidden states to vocabulary scores, with each architecture's scales and caps; and from a pack to hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tilt.data.packing import Pack
+from tilt.models import compat
+from tilt.models.attention import PackedAttention
+from tilt.models.padded import Padded
+
+Head = Callable[[Tensor], Tensor]
+
+
+def hidden_states(model: PreTrainedModel, pack: Pack) -> Tensor:
+    """Last hidden state of every token of the pack, [T, D]: one packed row, or a padded batch where the architecture needs one."""
+    body = compat.body_of(model)
+    if compat.is_packed(model):
+        return compat.run_packed(body, pack.tokens, pack.positions, PackedAttention.of(pack.segments))
+    batch = Padded.of(pack)
+    return compat.run_padded(body, batch.tokens, batch.mask).flatten(0, 1)[batch.place]
+
+
+def head_function(lm: PreTrainedModel) -> Head:
+    """Hidden states [N, D] → vocabulary scores [N, V], as this architecture computes them.
+
+    cohere: logits · logit_scale; granite: logits / logits_scaling; falcon-h1: logits · lm_head_multiplier; gemma: cap · tanh(logits / cap).
+    """
+    config = compat.text_config(lm)
+    scale = 1.0
+    for name, inverted in (("logit_scale", False), ("logits_scaling", True), ("lm_head_multiplier", False)):
+        value = getattr(config, name, None)
+        if value is not None:
+            scale = scale / float(value) if inverted else scale * float(value)
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = compat.head_of(lm)(hidden)
+        logits = logits if scale == 1.0 else logits * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return head

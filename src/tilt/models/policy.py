@@ -1,0 +1,141 @@
+"""The four roles as modules: policy, reward model and critic; body, predictors and heads inside one forward, so that each is sharded, compiled and checkpointed as a whole."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tilt.data.packing import Pack
+from tilt.distributions import score_actions
+from tilt.errors import UsageError
+from tilt.models import agreement, compat
+from tilt.models.heads import head_function, hidden_states
+from tilt.objectives.experience import Outputs
+
+
+class Policy(nn.Module):
+    """A causal LM that scores the actions of a pack; with `value_head` it is its own critic (one linear layer on the same body, zero at first)."""
+
+    def __init__(self, lm: PreTrainedModel, *, value_head: bool = False, chunk: int = 1024) -> None:
+        super().__init__()
+        self.lm = lm
+        self.chunk = chunk
+        self.value_head = value_layer(lm) if value_head else None
+
+    @property
+    def note(self) -> str:
+        """The line for the run's beginning when the model runs on padded batches; empty when packed."""
+        return agreement.note(self.lm)
+
+    def hidden(self, pack: Pack) -> Tensor:
+        """Last hidden state of every token, [T, D]."""
+        return hidden_states(self.lm, pack)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Vocabulary scores [N, V] of hidden states [N, D]."""
+        return head_function(self.lm)(hidden)
+
+    def forward(self, pack: Pack, *, temperature: float = 1.0, entropy: bool = False, values: bool = False) -> Outputs:
+        """Log-probabilities of the actions at this temperature, [A]; entropies and values where asked, NaN elsewhere."""
+        hidden = self.hidden(pack)
+        logprobs, entropies = score_actions(hidden[pack.predictors], self.head, pack.actions, temperature=temperature, entropy=entropy, chunk=self.chunk)
+        if not values:
+            return Outputs.of(logprobs, entropy=entropies, sequences=pack.layout.sequences)
+        assert self.value_head is not None, "values are asked of a policy without a value head"
+        worth = self.value_head(hidden)[:, 0].to(logprobs.dtype)
+        return Outputs.of(logprobs, entropy=entropies, values=worth[pack.predictors], final=worth[pack.last_tokens])
+
+
+def value_layer(model: PreTrainedModel) -> nn.Linear:
+    """A zero layer from the body's width to one value, on the model's device and dtype."""
+    layer = nn.Linear(compat.text_config(model).hidden_size, 1, device=compat.device_of(model), dtype=compat.dtype_of(model))
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.zero_()
+    return layer
+
+
+class RewardModel(nn.Module):
+    """A sequence classifier with one label: forward(pack) → score of each sequence [S], read at its last token.
+
+    `model` is the transformers class itself, so what it saves is what AutoModelForSequenceClassification opens.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @staticmethod
+    def from_policy(policy: Policy, *, padding: int, seed: int = 0) -> RewardModel:
+        """The policy's body, copied, under a fresh score layer, normal with deviation 1/√(D + 1); `padding` is a token id that no text ends with."""
+        lm = policy.lm
+        config = copy.deepcopy(lm.config)
+        config.num_labels = 1
+        config.pad_token_id = padding
+        try:
+            model = compat.classifier_from_config(config, compat.dtype_of(lm))
+        except ValueError as error:
+            raise UsageError(f"transformers has no sequence classifier for {type(lm).__name__}.\nChoose another architecture for the reward model.") from error
+        compat.body_of(model).load_state_dict(compat.body_of(lm).state_dict())
+        generator = torch.Generator().manual_seed(seed)
+        width = compat.text_config(lm).hidden_size
+        with torch.no_grad():
+            score = compat.score_of(model)
+            score.weight.copy_(torch.randn(score.weight.shape, generator=generator) / (width + 1) ** 0.5)
+        compat.adopt(model, lm)
+        return RewardModel(model.to(compat.device_of(lm)).eval())
+
+    @property
+    def note(self) -> str:
+        return agreement.note(self.model)
+
+    def forward(self, pack: Pack) -> Tensor:
+        """Score of each sequence, [S]."""
+        hidden = hidden_states(self.model, pack)
+        return compat.score_of(self.model)(hidden[pack.last_tokens])[:, 0]
+
+
+class Critic(nn.Module):
+    """A body and a linear layer: forward(pack) → V before each action [A] and V after each sequence's last token [S]."""
+
+    def __init__(self, body: PreTrainedModel, head: nn.Linear) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+
+    @staticmethod
+    def from_reward_model(reward_model: RewardModel) -> Critic:
+        """Body and score layer copied: at first, the value of a state is the reward model's score of the text so far."""
+        body = copy.deepcopy(compat.body_of(reward_model.model))
+        head = value_layer(body)
+        with torch.no_grad():
+            head.weight.copy_(compat.score_of(reward_model.model).weight)
+        return Critic(compat.adopt(body, reward_model.model), head)
+
+    @staticmethod
+    def from_policy(policy: Policy) -> Critic:
+        """The policy's body, copied, under a zero layer: at first every value is 0."""
+        body = copy.deepcopy(compat.body_of(policy.lm))
+        return Critic(compat.adopt(body, policy.lm), value_layer(body))
+
+    def forward(self, pack: Pack) -> tuple[Tensor, Tensor]:
+        """Values [A] of the states before the actions, and final values [S]."""
+        values = self.head(hidden_states(self.body, pack))[:, 0]
+        return values[pack.predictors], values[pack.last_tokens]
+
+
+class SharedCritic(nn.Module):
+    """The policy's own value head, as a critic: the same call, no weights of its own body."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        assert policy.value_head is not None, "a shared critic needs Policy(lm, value_head=True)"
+        self.policy = policy
+
+    def forward(self, pack: Pack) -> tuple[Tensor, Tensor]:
+        assert self.policy.value_head is not None
+        values = self.policy.value_head(self.policy.hidden(pack))[:, 0]
+        return values[pack.predictors], values[pack.last_tokens]
