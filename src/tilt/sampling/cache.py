@@ -1,0 +1,195 @@
+"""Keys and values kept between forwards: a prompt's once per group, an answer's in its own slot; and who attends to what while prefilling and decoding."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+
+
+class Store:
+    """Keys and values of every layer, each [rows, kv_heads, columns, width]; rows and columns grow in chunks.
+
+    It starts as zeros, because a masked column still meets probability 0, and 0 · NaN is NaN.
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.rows, self.columns = rows, columns
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values, made on first use after the new ones [1, kv_heads, T, width]."""
+        if number not in self.layers:
+            self.layers[number] = (self._zeros(key), self._zeros(value))
+        return self.layers[number]
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        return like.new_zeros(self.rows, like.shape[1], self.columns, like.shape[3])
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Make room for so many rows and columns: what lacks room doubles."""
+        if rows <= self.rows and columns <= self.columns:
+            return
+        old_rows, old_columns = self.rows, self.columns
+        self.rows = self.rows if rows <= self.rows else max(rows, 2 * self.rows)
+        self.columns = self.columns if columns <= self.columns else max(columns, 2 * self.columns)
+        for number, pair in self.layers.items():
+            grown = (self._zeros(pair[0]), self._zeros(pair[1]))
+            for new, old in zip(grown, pair, strict=True):
+                new[:old_rows, :, :old_columns] = old
+            self.layers[number] = grown
+
+    def move(self, source: Ints, target: Ints, columns: int) -> None:
+        """Copy rows `source` over rows `target`, the first columns only."""
+        if not len(source):
+            return
+        for pair in self.layers.values():
+            here, there = (torch.from_numpy(rows).to(pair[0].device) for rows in (source, target))
+            for x in pair:
+                x[there, :, :columns] = x[here, :, :columns]
+
+
+class Prefill:
+    """Whole prompts end to end in one row: each token sees its own prompt up to itself; keys and values go to the store's rows from `first` on."""
+
+    def __init__(self, store: Store, first: int, lengths: Ints, device: torch.device) -> None:
+        widest = int(lengths.max())
+        starts = np.cumsum(lengths) - lengths
+        column = np.arange(widest)
+        inside = column < lengths[:, None]
+        self.store, self.first, self.prompts, self.widest = store, first, len(lengths), widest
+        self.positions = torch.from_numpy(np.broadcast_to(column, inside.shape)[inside]).to(device)
+        self.last = torch.from_numpy(starts + lengths - 1).to(device)
+        self.pad = torch.from_numpy(np.where(inside, starts[:, None] + column, 0)).to(device)  # [prompts, widest] → index in the row
+        self.real = torch.from_numpy(np.flatnonzero(inside)).to(device)
+        self.masks: dict[int, Tensor] = {}
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        """Causal attention of each prompt to itself, right-padded to the longest."""
+        q, k, v = (x[0][:, self.pad].transpose(0, 1) for x in (query, key, value))  # [prompts, heads, widest, width]
+        rows = slice(self.first, self.first + self.prompts)
+        keys, values = self.store.layer(layer, key, value)
+        keys[rows, :, : self.widest], values[rows, :, : self.widest] = k, v
+        if softcap is None and sinks is None:
+            plain = window is None or window >= self.widest
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=None if plain else self._visible(window), is_causal=plain, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        else:
+            repeat = q.shape[1] // k.shape[1]
+            scores = (q * scaling) @ k.repeat_interleave(repeat, 1).transpose(2, 3)
+            scores = cap(scores, softcap).masked_fill(~self._visible(window), -torch.inf)
+            out = weights(scores.transpose(1, 2), sinks).transpose(1, 2).to(v.dtype) @ v.repeat_interleave(repeat, 1)
+        return out.transpose(1, 2).flatten(0, 1)[self.real][None]
+
+    def _visible(self, window: int | None) -> Tensor:
+        """[widest, widest], true where query i sees key j: j ≤ i, and i - j < window."""
+        width = window or self.widest
+        if width not in self.masks:
+            ones = torch.ones(self.widest, self.widest, dtype=torch.bool, device=self.pad.device)
+            self.masks[width] = ones.tril() & ~ones.tril(-width)
+        return self.masks[width]
+
+
+class Decode:
+    """One new token per row: it sees its group's prompt, read once for the group, and its own answer so far, under one softmax.
+
+    Worked example: rows 0 1 2 of groups 0 1 0 → a padded table of groups [[0, 2], [1, 1]]: the queries of rows 0 and 2 meet prompt 0 in one product.
+    """
+
+    def __init__(self, prompts: Store, answers: Store, device: torch.device) -> None:
+        self.prompts, self.answers, self.device = prompts, answers, device
+        self.longest = 0
+
+    def arrange(self, group: Ints, prompt_lengths: Ints) -> None:
+        """Say which group each row belongs to [rows] and how long each group's prompt is [groups]; needed when rows or groups change."""
+        rows, groups = len(group), len(prompt_lengths)
+        counts = np.bincount(group, minlength=groups)
+        self.rows, self.groups, self.most, self.widest = rows, groups, int(counts.max()), int(prompt_lengths.max())
+        order = np.argsort(group, kind="stable")
+        rank = np.empty(rows, dtype=np.int64)
+        rank[order] = np.arange(rows) - np.repeat(np.cumsum(counts) - counts, counts)
+        place = group * self.most + rank  # where in the table each row stands
+        table = np.zeros(groups * self.most, dtype=np.int64)
+        table[place] = np.arange(rows)
+        self.straight = len(table) == rows and bool((table == np.arange(rows)).all())
+        self.table, self.place = torch.from_numpy(table).to(self.device), torch.from_numpy(place).to(self.device)
+        self.prompt_length = prompt_lengths[group]
+
+    def advance(self, answered: Ints) -> Tensor:
+        """Begin a step in which row i feeds the token after its first answered[i] ones; the positions [rows] of the new tokens."""
+        self.answered, self.longest = answered, int(answered.max()) + 1
+        self.answers.reserve(self.rows, self.longest)
+        self.biases: dict[int | None, Tensor | None] = {}
+        self.slots: dict[int, Tensor] = {}
+        return torch.from_numpy(self.prompt_length + answered).to(self.device)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        """Attention of every row's new token to its prompt and its own answer, itself included."""
+        heads, kv_heads, width, rows = query.shape[1], key.shape[1], query.shape[3], self.rows
+        keys, values = self.answers.layer(layer, key, value)
+        slots = self._slots(kv_heads)
+        keys.view(-1, width).index_copy_(0, slots, key[0].transpose(0, 1).reshape(-1, width))
+        values.view(-1, values.shape[3]).index_copy_(0, slots, value[0].transpose(0, 1).reshape(-1, values.shape[3]))
+        own_keys, own_values = (x[:rows, :, : self.longest].flatten(0, 1) for x in (keys, values))  # [rows · kv_heads, longest, width]
+        group_keys, group_values = (x[: self.groups, :, : self.widest].flatten(0, 1) for x in self.prompts.layer(layer, key, value))
+
+        q = query[0].transpose(0, 1) * scaling
+        shared = self._by_row(self._by_group(q, kv_heads) @ group_keys.transpose(1, 2), heads)  # [rows, heads, widest]
+        own = (q.reshape(rows * kv_heads, -1, width) @ own_keys.transpose(1, 2)).view(rows, heads, -1)
+        scores = cap(torch.cat((shared, own), -1), softcap)
+        bias = self._bias(window)
+        if bias is not None:
+            scores += bias
+        chosen = weights(scores, sinks).to(value.dtype)
+        out = self._by_row(self._by_group(chosen[..., : self.widest], kv_heads) @ group_values, heads)
+        own = chosen[..., self.widest :].reshape(rows * kv_heads, -1, self.longest)
+        return torch.baddbmm(out.reshape(rows * kv_heads, -1, out.shape[2]), own, own_values).view(1, rows, heads, -1)
+
+    def _by_group(self, x: Tensor, kv_heads: int) -> Tensor:
+        """[rows, heads, n] → [groups · kv_heads, most · repeat, n]: all that meets one prompt's keys of one head, together."""
+        x = x if self.straight else x[self.table]
+        return x.reshape(self.groups, self.most, kv_heads, -1, x.shape[2]).transpose(1, 2).reshape(self.groups * kv_heads, -1, x.shape[2])
+
+    def _by_row(self, x: Tensor, heads: int) -> Tensor:
+        """The way back: [groups · kv_heads, most · repeat, n] → [rows, heads, n]."""
+        x = x.view(self.groups, -1, self.most, heads * self.groups // x.shape[0], x.shape[2]).transpose(1, 2).reshape(self.groups * self.most, heads, x.shape[2])
+        return x if self.straight else x[self.place]
+
+    def _slots(self, kv_heads: int) -> Tensor:
+        """Index of each (row, head)'s new column in the answers' store, flattened to [rows · kv_heads · columns]."""
+        if kv_heads not in self.slots:
+            head = np.arange(self.rows * kv_heads)
+            self.slots[kv_heads] = torch.from_numpy(head * self.answers.columns + np.repeat(self.answered, kv_heads)).to(self.device)
+        return self.slots[kv_heads]
+
+    def _bias(self, window: int | None) -> Tensor | None:
+        """[rows, 1, widest + longest]: 0 where the new token sees the column, -inf where it does not; None where it sees all."""
+        if window not in self.biases:
+            column = np.concatenate((np.arange(self.widest), np.arange(self.longest)))
+            end = np.repeat((self.prompt_length, self.answered + 1), (self.widest, self.longest), axis=0).T
+            seen = column < end
+            if window is not None:
+                position = column + np.repeat((0 * self.prompt_length, self.prompt_length), (self.widest, self.longest), axis=0).T
+                seen &= (self.prompt_length + self.answered)[:, None] - position < window
+            bias = np.where(seen, np.float32(0), np.float32(-np.inf))
+            self.biases[window] = None if seen.all() else torch.from_numpy(bias)[:, None].to(self.device)
+        return self.biases[window]
+
+
+def cap(scores: Tensor, softcap: float | None) -> Tensor:
+    """softcap · tanh(scores / softcap), or the scores."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last axis of [..., heads, n], in float32 at least; a sink [heads] takes part and is dropped."""
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.to(scores.dtype).reshape(-1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, column), -1).softmax(-1)[..., :-1]

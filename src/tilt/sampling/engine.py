@@ -1,0 +1,200 @@
+"""The generation engine: prompts are read once per group, finished rows leave at once, and waiting ones take their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tilt.data.rollouts import Sampling
+from tilt.errors import NumericError
+from tilt.models.heads import head_function
+from tilt.sampling.cache import Ints
+from tilt.sampling.drawing import draw
+from tilt.sampling.forward import PREFILL_TOKENS, Forward, forward_of
+from tilt.sampling.randomness import Keys, uniforms
+from tilt.sampling.stopping import Stops
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and one key of randomness per answer wanted; no answer is longer than `room`."""
+
+    tokens: Ints
+    keys: Keys
+    room: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The sampled tokens, the stop token included, their log-probabilities, and why they ended."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stop: Literal["stop", "length"]
+
+
+@torch.inference_mode()
+def generate(lm: PreTrainedModel, requests: Sequence[Request], sampling: Sampling, stops: Stops, slots: int) -> list[list[Answer]]:
+    """Answers to each request, in order, with at most `slots` rows in one forward. What is drawn depends neither on `slots` nor on the company."""
+    queue = Queue(requests, slots)
+    with evaluating(lm):
+        forward, head = forward_of(lm, min(slots, queue.total)), head_function(lm)
+        while not queue.finished:
+            hidden = [forward.decode(queue.newest, queue.answered - 1)] if len(queue.active) else []
+            hidden += queue.enter(forward)
+            together = torch.cat(hidden)
+            chances = torch.from_numpy(uniforms(queue.keys[queue.active], queue.position)).to(together.device)
+            tokens, logprobs = draw(head(together), chances, sampling)
+            ended = queue.record(tokens.cpu().numpy(), logprobs.double().cpu().numpy(), stops)
+            queue.leave(forward, ended)
+    return queue.results()
+
+
+@contextmanager
+def evaluating(lm: PreTrainedModel) -> Iterator[None]:
+    """Dropout off inside; every module's mode restored after."""
+    modes = [(module, module.training) for module in lm.modules()]
+    lm.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class Queue:
+    """All answers wanted, numbered prompt by prompt: `active` [rows] are being written, those from `next` on wait, the others are done.
+
+    Columns over answers are arrays; Python touches one answer only when it ends. `groups` are the prompts in the cache, by request number.
+    """
+
+    def __init__(self, requests: Sequence[Request], slots: int) -> None:
+        counts = np.array([len(r.keys) for r in requests], dtype=np.int64)
+        self.requests, self.slots, self.total = requests, slots, int(counts.sum())
+        self.request = np.repeat(np.arange(len(requests)), counts)
+        self.keys = np.concatenate([r.keys for r in requests]) if requests else np.zeros(0, dtype=np.uint64)
+        self.room = np.repeat(np.array([r.room for r in requests], dtype=np.int64), counts)
+        self.prompt_length = np.repeat(np.array([len(r.tokens) for r in requests], dtype=np.int64), counts)
+        self.length = np.zeros(self.total, dtype=np.int64)
+        self.tokens = np.zeros((self.total, 64), dtype=np.int64)
+        self.logprobs = np.zeros((self.total, 64))
+        self.done: list[Answer | None] = [None] * self.total
+        self.unfinished, self.counts = counts.copy(), counts
+        self.next, self.active, self.groups = 0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        self.group = np.full(len(requests), -1, dtype=np.int64)  # each request's place among the groups
+        self.opening: Tensor | None = None  # hidden state after each group's prompt, [groups, D]
+
+    @property
+    def finished(self) -> bool:
+        return self.next == self.total and not len(self.active)
+
+    @property
+    def answered(self) -> Ints:
+        """Tokens sampled so far by each active row."""
+        return self.length[self.active]
+
+    @property
+    def newest(self) -> Ints:
+        """Each active row's last sampled token."""
+        return self.tokens[self.active, self.answered - 1]
+
+    @property
+    def position(self) -> Ints:
+        """Position in the text, prompt included, of the token that each active row samples next: it numbers the row's uniforms."""
+        return self.prompt_length[self.active] + self.answered
+
+    def enter(self, forward: Forward) -> list[Tensor]:
+        """Fill the free slots from the queue once enough are free to be worth a prefill; the hidden states [entering, D] their first tokens come from."""
+        free, waiting = self.slots - len(self.active), self.total - self.next
+        if free < min(waiting, max(1, self.slots // 16)) or not waiting:
+            return []
+        new = np.arange(self.next, self.next + min(free, waiting))
+        self.next += len(new)
+        self.active = np.concatenate((self.active, new))
+        fresh = np.unique(self.request[new])
+        fresh = fresh[self.group[fresh] < 0]
+        for part in batches(fresh, [len(self.requests[i].tokens) for i in fresh]):
+            hidden = forward.prefill([self.requests[i].tokens for i in part], len(self.groups))
+            self.opening = hidden if self.opening is None else torch.cat((self.opening[: len(self.groups)], hidden))
+            self.group[part] = np.arange(len(self.groups), len(self.groups) + len(part))
+            self.groups = np.concatenate((self.groups, part))
+        forward.arrange(self.group[self.request[self.active]])
+        assert self.opening is not None
+        return [self.opening[torch.from_numpy(self.group[self.request[new]]).to(self.opening.device)]]
+
+    def record(self, tokens: Ints, logprobs: NDArray[np.float64], stops: Stops) -> NDArray[np.bool_]:
+        """Append one token to each active row; which rows have ended. Those that ended are answers now."""
+        if not np.isfinite(logprobs).all():
+            raise NumericError("The policy's scores are not finite (NaN or infinity) while sampling.\nIts weights have diverged: go back to an earlier checkpoint, or lower the learning rate.")
+        active = self.active
+        if self.length[active].max() == self.tokens.shape[1]:
+            self.tokens, self.logprobs = (np.concatenate((x, np.zeros_like(x)), axis=1) for x in (self.tokens, self.logprobs))
+        self.tokens[active, self.length[active]] = tokens
+        self.logprobs[active, self.length[active]] = logprobs
+        self.length[active] += 1
+        stopped = stops.ended(tokens, lambda row: self.tokens[active[row], : self.length[active[row]]].tolist())
+        ended = stopped | (self.length[active] >= self.room[active])
+        for row in np.flatnonzero(ended):
+            i = active[row]
+            n = self.length[i]
+            self.done[i] = Answer(tuple(self.tokens[i, :n].tolist()), tuple(self.logprobs[i, :n].tolist()), "stop" if stopped[row] else "length")
+        return ended
+
+    def leave(self, forward: Forward, ended: NDArray[np.bool_]) -> None:
+        """Take ended rows out, and groups nobody needs; the last ones move into the holes."""
+        if not ended.any():
+            return
+        np.subtract.at(self.unfinished, self.request[self.active[ended]], 1)
+        source, target = moves(ended)
+        forward.move_rows(source, target)
+        self.active = moved(self.active, source, target, ended)
+        gone = self.unfinished[self.groups] == 0
+        source, target = moves(gone)
+        forward.move_groups(source, target, len(self.groups) - int(gone.sum()))
+        assert self.opening is not None
+        self.opening[torch.from_numpy(target)] = self.opening[torch.from_numpy(source)]
+        self.group[self.groups[gone]] = -1
+        self.groups = moved(self.groups, source, target, gone)
+        self.group[self.groups] = np.arange(len(self.groups))
+        if len(self.active):
+            forward.arrange(self.group[self.request[self.active]])
+
+    def results(self) -> list[list[Answer]]:
+        """The answers by request."""
+        done = [answer for answer in self.done if answer is not None]
+        assert len(done) == self.total
+        ends = np.cumsum(self.counts)
+        return [done[end - count : end] for end, count in zip(ends, self.counts, strict=True)]
+
+
+def moves(gone: NDArray[np.bool_]) -> tuple[Ints, Ints]:
+    """Which of the last places move into which holes: gone at 1 of 4 → place 3 into place 1."""
+    kept = len(gone) - int(gone.sum())
+    return np.flatnonzero(~gone[kept:]) + kept, np.flatnonzero(gone[:kept])
+
+
+def moved(column: Ints, source: Ints, target: Ints, gone: NDArray[np.bool_]) -> Ints:
+    """The column after those moves."""
+    column = column.copy()
+    column[target] = column[source]
+    return column[: len(gone) - int(gone.sum())]
+
+
+def batches(items: Ints, lengths: Sequence[int]) -> Iterator[Ints]:
+    """Runs of prompts whose padded size, count × longest, stays within PREFILL_TOKENS; never an empty run."""
+    start, longest = 0, 0
+    for i, length in enumerate(lengths):
+        if i > start and (i - start + 1) * max(longest, length) > PREFILL_TOKENS:
+            yield items[start:i]
+            start, longest = i, 0
+        longest = max(longest, length)
+    if len(items):
+        yield items[start:]

@@ -1,0 +1,124 @@
+"""The model as the engine sees it: hidden states after each prompt, then after each new token; through the slot cache, or recomputed whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tilt.models import compat
+from tilt.models.attention import Attend
+from tilt.sampling.cache import Decode, Ints, Prefill, Store
+
+PREFILL_TOKENS = 4096  # prompt tokens in one forward: enough to fill the cores, few enough for the activations to stay small
+
+
+class Forward(Protocol):
+    """Rows of answers in slots 0 … rows - 1, over groups 0 … groups - 1, each with a prompt."""
+
+    def prefill(self, prompts: Sequence[Ints], first: int) -> Tensor:
+        """Read prompts in as groups first, first + 1, …; the hidden state after each prompt, [prompts, D]."""
+        ...
+
+    def arrange(self, group: Ints) -> None:
+        """Row i answers the prompt of group[i]; called when rows or groups have changed."""
+        ...
+
+    def decode(self, tokens: Ints, answered: Ints) -> Tensor:
+        """Feed row i its token number answered[i]; the hidden state after it, [rows, D]."""
+        ...
+
+    def move_rows(self, source: Ints, target: Ints) -> None:
+        """Row source[i] becomes row target[i]."""
+        ...
+
+    def move_groups(self, source: Ints, target: Ints, kept: int) -> None:
+        """Group source[i] becomes group target[i]; the first `kept` remain."""
+        ...
+
+
+def forward_of(lm: PreTrainedModel, slots: int) -> Forward:
+    """The cached forward for a model that runs Tilt's attention, the recomputed one for any other."""
+    body = compat.body_of(lm)
+    return Cached(body, compat.device_of(lm), slots) if compat.is_packed(lm) else Recomputed(body, compat.device_of(lm))
+
+
+class Cached:
+    """Each prompt read once per group, each answer's token read once: two stores of keys and values, one row of new tokens per forward."""
+
+    def __init__(self, body: nn.Module, device: torch.device, slots: int) -> None:
+        self.body, self.device = body, device
+        self.prompts, self.answers = Store(min(slots, 32), 1), Store(slots, 64)
+        self.plan = Decode(self.prompts, self.answers, device)
+        self.lengths = np.zeros(0, dtype=np.int64)
+
+    def prefill(self, prompts: Sequence[Ints], first: int) -> Tensor:
+        lengths = np.array([len(prompt) for prompt in prompts])
+        self.lengths = np.concatenate((self.lengths[:first], lengths))
+        self.prompts.reserve(first + len(prompts), int(lengths.max()))
+        plan = Prefill(self.prompts, first, lengths, self.device)
+        return self._run(np.concatenate(prompts), plan.positions, plan)[plan.last]
+
+    def arrange(self, group: Ints) -> None:
+        self.plan.arrange(group, self.lengths)
+
+    def decode(self, tokens: Ints, answered: Ints) -> Tensor:
+        return self._run(tokens, self.plan.advance(answered), self.plan)
+
+    def move_rows(self, source: Ints, target: Ints) -> None:
+        self.answers.move(source, target, self.plan.longest)
+
+    def move_groups(self, source: Ints, target: Ints, kept: int) -> None:
+        self.prompts.move(source, target, self.prompts.columns)
+        self.lengths[target] = self.lengths[source]
+        self.lengths = self.lengths[:kept]
+
+    def _run(self, tokens: Ints, positions: Tensor, plan: Attend) -> Tensor:
+        return compat.run_packed(self.body, torch.from_numpy(tokens).to(self.device), positions, plan)
+
+
+class Recomputed:
+    """No cache: every step reads prompt and answer again, right-padded, which no causal model can see. Slow, and right for any architecture."""
+
+    def __init__(self, body: nn.Module, device: torch.device) -> None:
+        self.body, self.device = body, device
+        self.prompts: list[NDArray[np.int64]] = []
+        self.texts: list[list[int]] = []
+        self.group = np.zeros(0, dtype=np.int64)
+
+    def prefill(self, prompts: Sequence[Ints], first: int) -> Tensor:
+        self.prompts = [*self.prompts[:first], *prompts]
+        return self._last([prompt.tolist() for prompt in prompts])
+
+    def arrange(self, group: Ints) -> None:
+        self.group = group
+        self.texts = self.texts[: len(group)] + [[] for _ in range(len(group) - len(self.texts))]
+
+    def decode(self, tokens: Ints, answered: Ints) -> Tensor:
+        for row, (token, length) in enumerate(zip(tokens.tolist(), answered.tolist(), strict=True)):
+            self.texts[row] = [*self.texts[row][:length], token]
+        return self._last([self.prompts[group].tolist() + text for group, text in zip(self.group, self.texts, strict=True)])
+
+    def move_rows(self, source: Ints, target: Ints) -> None:
+        for here, there in zip(source.tolist(), target.tolist(), strict=True):
+            self.texts[there] = self.texts[here]
+
+    def move_groups(self, source: Ints, target: Ints, kept: int) -> None:
+        for here, there in zip(source.tolist(), target.tolist(), strict=True):
+            self.prompts[there] = self.prompts[here]
+        self.prompts = self.prompts[:kept]
+
+    def _last(self, texts: list[list[int]]) -> Tensor:
+        """Hidden states at the last token of each text."""
+        lengths = torch.tensor([len(text) for text in texts])
+        padded = torch.zeros(len(texts), int(lengths.max()), dtype=torch.long)
+        for row, text in enumerate(texts):
+            padded[row, : len(text)] = torch.tensor(text)
+        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+        hidden = compat.run_padded(self.body, padded.to(self.device), mask.to(self.device))
+        return hidden[torch.arange(len(texts), device=self.device), (lengths - 1).to(self.device)]

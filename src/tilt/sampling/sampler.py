@@ -1,0 +1,97 @@
+"""The sampler: prompts in, rollouts out, under named and counted randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedModel
+
+from tilt.data.rollouts import Prompt, Rollout, Sampling
+from tilt.errors import UsageError
+from tilt.models import compat
+from tilt.sampling.engine import Request, generate
+from tilt.sampling.randomness import keys
+from tilt.sampling.stopping import Stops
+
+
+class Sampler:
+    """Samples answers from a model in this process. `version` counts the weights published to it."""
+
+    def __init__(self, lm: PreTrainedModel, tokenizer: Any, sampling: Sampling, *, seed: int = 0, slots: int = 256) -> None:
+        check(sampling, training=True)
+        self.lm, self.tokenizer, self.sampling, self.seed, self.slots, self.version = lm, tokenizer, sampling, seed, slots, 0
+
+    def sample(self, prompts: Sequence[Prompt], samples: int, *, step: int, stream: str = "train") -> list[Rollout]:
+        """`samples` answers to each prompt, prompt by prompt, under the training settings."""
+        return self._rollouts(prompts, samples, self.sampling, step, stream)
+
+    def evaluate(self, prompts: Sequence[Prompt], samples: int, *, step: int, sampling: Sampling | None = None, stream: str = "eval") -> list[Rollout]:
+        """The same on randomness of its own and under any settings, greedy and truncated ones included; training is not disturbed."""
+        settings = self.sampling if sampling is None else sampling
+        check(settings, training=False)
+        return self._rollouts(prompts, samples, settings, step, stream)
+
+    def load(self, policy: nn.Module) -> None:
+        """Publish the policy's weights. It runs in this process, so its own language model is sampled from and nothing is copied."""
+        self.lm = getattr(policy, "lm", policy)  # type: ignore[assignment]
+        self.version += 1
+
+    def _rollouts(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, step: int, stream: str) -> list[Rollout]:
+        context = getattr(compat.text_config(self.lm), "max_position_embeddings", None) or 2**31
+        refuse_long(prompts, context)
+        ids = [prompt.id for prompt in prompts for _ in range(samples)]
+        key = keys(self.seed, stream, step, ids, list(range(samples)) * len(prompts)).reshape(len(prompts), samples)
+        requests = [
+            Request(np.array(prompt.tokens, dtype=np.int64), key[i], min(sampling.max_tokens, context - len(prompt.tokens))) for i, prompt in enumerate(prompts)
+        ]
+        stops = Stops(compat.head_of(self.lm).weight.shape[0], sampling.stop_ids, sampling.stop_strings, self._decode)
+        found = generate(self.lm, requests, sampling, stops, self.slots)
+        return [
+            Rollout(prompt, a.tokens, (True,) * len(a.tokens), a.logprobs, a.stop, sampling, self.version, (self.seed, step, prompt.id, number))
+            for prompt, answers in zip(prompts, found, strict=True)
+            for number, a in enumerate(answers)
+        ]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def greedy(sampling: Sampling) -> Sampling:
+    """The same settings with the most likely token taken each time."""
+    return replace(sampling, temperature=0.0, top_k=0, top_p=1.0)
+
+
+def check(sampling: Sampling, *, training: bool) -> None:
+    """Refuse settings that make no distribution, and in training those whose distribution the learner cannot score."""
+    wrong = []
+    if not sampling.temperature >= 0 or sampling.temperature == float("inf"):
+        wrong.append(f"temperature is {sampling.temperature}: it must be a number, at least 0")
+    if sampling.max_tokens < 1:
+        wrong.append(f"max_tokens is {sampling.max_tokens}: an answer has at least one token")
+    if sampling.top_k < 0:
+        wrong.append(f"top_k is {sampling.top_k}: it must be at least 1, or 0 for all tokens")
+    if not 0 < sampling.top_p <= 1:
+        wrong.append(f"top_p is {sampling.top_p}: it must be above 0 and at most 1")
+    if training and sampling.truncated and not wrong:
+        asked = "temperature 0" if sampling.temperature == 0 else f"top_k {sampling.top_k}" if sampling.top_k else f"top_p {sampling.top_p}"
+        wrong.append(f"{asked} in a training rollout: the policy would be scored under another distribution than it was sampled from.\nUse temperature > 0 with top_k 0 and top_p 1 for training; truncate in evaluation only")
+    if wrong:
+        raise UsageError("sampling: " + "\nsampling: ".join(wrong) + ".")
+
+
+def refuse_long(prompts: Sequence[Prompt], context: int) -> None:
+    """Every prompt must have a token to start from and leave room for one token of answer."""
+    empty = [p.id for p in prompts if not p.tokens]
+    if empty:
+        raise UsageError(f"{len(empty)} of {len(prompts)} prompts have no tokens (first: prompt {empty[0]}).\nStart them with a beginning-of-text token.")
+    long = [p for p in prompts if len(p.tokens) >= context]
+    if long:
+        worst = max(long, key=lambda p: len(p.tokens))
+        raise UsageError(
+            f"{len(long)} of {len(prompts)} prompts do not fit the model's context of {context} tokens with room for an answer"
+            f" (longest: prompt {worst.id}, {len(worst.tokens)} tokens).\nDrop or shorten them, or take a model with a longer context."
+        )
