@@ -28,7 +28,18 @@ HARMLESS = frozenset(
 class Attend(Protocol):
     """Who sees whom in a row of tokens: a pack's segments while training, a cache while sampling."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """Attention of one layer: query [1, heads, T, width], key and value [1, kv_heads, T, width] → [1, T, heads, width]."""
         ...
 
@@ -48,7 +59,9 @@ def attention(
     if dropout:
         strange.append(f"dropout={dropout}")
     if strange:
-        raise UsageError(f"{type(module).__name__} asks its attention for {', '.join(strange)}, which packed rows do not honour.\nLoad the model through tilt.models.load: it falls back to a padded batch.")
+        raise UsageError(
+            f"{type(module).__name__} asks its attention for {', '.join(strange)}, which packed rows do not honour.\nLoad the model through tilt.models.load: it falls back to a padded batch."
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = layout.attend(query, key, value, layer=module.layer_idx, scaling=scale, window=sliding_window, softcap=softcap, sinks=s_aux)  # type: ignore[arg-type]
     return out, None
@@ -99,7 +112,18 @@ class PackedAttention:
         inverse = torch.repeat_interleave(base - start, length, output_size=tokens) + torch.arange(tokens, device=start.device)
         return PackedAttention(roots, queries, keys, inverse, length[above], length[child])
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """Attention of one layer in row order: query [1, heads, T, width], key and value [1, kv_heads, T, width] → [1, T, heads, width]."""
         (_, heads, tokens, _), kv_heads = query.shape, key.shape[1]
         q, k, v = (x.transpose(1, 2).reshape(tokens, -1) for x in (query, key, value))
@@ -108,7 +132,9 @@ class PackedAttention:
         causal, shared = self._masks(window)
 
         def part(questions: Tensor, answers: Tensor, mask: Tensor | None) -> Tensor:
-            out = _attention(_heads(q, questions, heads), _heads(k, answers, kv_heads), _heads(v, answers, kv_heads), mask, scaling, softcap, sinks)
+            out = _attention(
+                _heads(q, questions, heads), _heads(k, answers, kv_heads), _heads(v, answers, kv_heads), mask, scaling, softcap, sinks
+            )
             return out.transpose(1, 2).reshape(questions.numel(), -1)
 
         outputs = [part(self.roots, self.roots, causal)]
@@ -119,7 +145,10 @@ class PackedAttention:
     def _masks(self, window: int | None) -> tuple[Tensor | None, Tensor]:
         """Who sees whom among roots (None: plainly causal) and from children, [S, 1, C, P + C]; a window of w shows the w latest positions, the own one included."""
         if window not in self.masks:
-            self.masks[window] = (None if window is None else _causal(self.roots.shape[1], self.roots.device, window)[None, None], self._shared(window))
+            self.masks[window] = (
+                None if window is None else _causal(self.roots.shape[1], self.roots.device, window)[None, None],
+                self._shared(window),
+            )
         return self.masks[window]
 
     def _shared(self, window: int | None) -> Tensor:

@@ -134,7 +134,7 @@ def adopt(model: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def write(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
+def write(model: PreTrainedModel, tokenizer: Any, path: Path, weights: dict[str, Tensor] | None) -> None:
     """A folder that plain from_pretrained opens. Special ids follow the tokenizer; padding is left unset rather than equal to the end token."""
     implementation = attention_of(model)
     ends = tokenizer.eos_token_id
@@ -148,7 +148,7 @@ def write(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
             settings.pad_token_id = padding
     use_attention(model, "eager")
     try:
-        model.save_pretrained(path)
+        model.save_pretrained(path, state_dict=weights)
     finally:
         use_attention(model, implementation)
     tokenizer.save_pretrained(path)

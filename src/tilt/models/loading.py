@@ -22,11 +22,15 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32, device: torch
     name = located(model)
     lm, lacking = reading(name, lambda: compat.read_causal_lm(name, dtype))
     if lacking:
-        raise UsageError(f"model {name}: the checkpoint lacks weights of a causal LM: {_some(lacking)}.\nIs it a classifier or an encoder? Give a causal language model.")
+        raise UsageError(
+            f"model {name}: the checkpoint lacks weights of a causal LM: {_some(lacking)}.\nIs it a classifier or an encoder? Give a causal language model."
+        )
     tokenizer = reading(name, lambda: compat.read_tokenizer(name))
     rows = lm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise UsageError(f"model {name}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows.\nSave the model again after resize_token_embeddings(len(tokenizer)).")
+        raise UsageError(
+            f"model {name}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows.\nSave the model again after resize_token_embeddings(len(tokenizer))."
+        )
     separate_padding(tokenizer, rows)
     return ready(lm.to(device)), tokenizer
 
@@ -40,18 +44,30 @@ def build(config: Any, *, seed: int = 0) -> PreTrainedModel:
     return ready(lm)
 
 
-def tiny(kind: str = "qwen3", *, vocabulary: int, width: int = 128, layers: int = 4, heads: int = 4, context: int = 512, seed: int = 0, **settings: Any) -> PreTrainedModel:
+def tiny(
+    kind: str = "qwen3",
+    *,
+    vocabulary: int,
+    width: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    context: int = 512,
+    seed: int = 0,
+    **settings: Any,
+) -> PreTrainedModel:
     """A small causal LM with random weights: grouped key heads (two questions to one key), feed-forward 4 × width; `settings` go to the configuration."""
-    shape = dict(
-        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=context,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+    shape = {
+        "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "max_position_embeddings": context, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
     if kind != "gpt2":
-        shape |= dict(intermediate_size=4 * width, num_key_value_heads=max(1, heads // 2), head_dim=width // heads)
+        shape |= {"intermediate_size": 4 * width, "num_key_value_heads": max(1, heads // 2), "head_dim": width // heads}
     try:
         config = compat.config_for(kind, **(shape | settings))
     except ValueError as error:
-        raise UsageError(f"model kind {kind!r}: {_first_line(error)}\nUse a transformers model type, such as qwen3, llama or gpt2.") from error
+        raise UsageError(
+            f"model kind {kind!r}: {_first_line(error)}\nUse a transformers model type, such as qwen3, llama or gpt2."
+        ) from error
     return build(config, seed=seed)
 
 
@@ -97,7 +113,9 @@ def located(model: str | Path) -> str:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise UsageError(f"model {path}: the folder has no config.json.\nGive a folder written by save_pretrained, with config.json, weights and tokenizer.")
+            raise UsageError(
+                f"model {path}: the folder has no config.json.\nGive a folder written by save_pretrained, with config.json, weights and tokenizer."
+            )
         return str(path)
     text = str(model)
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
@@ -111,7 +129,9 @@ def reading(name: str, read: Any) -> Any:
         return read()
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         if Path(name).is_dir():
-            raise UsageError(f"model {name}: cannot be read: {_first_line(error)}\nWrite it again with save_pretrained, or name another folder.") from error
+            raise UsageError(
+                f"model {name}: cannot be read: {_first_line(error)}\nWrite it again with save_pretrained, or name another folder."
+            ) from error
         raise UsageError(
             f"model {name}: neither a folder here nor found in the hub's local cache: {_first_line(error)}\n"
             "Check the name; offline, download it first on a machine with network, or give a folder."

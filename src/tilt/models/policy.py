@@ -41,7 +41,9 @@ class Policy(nn.Module):
     def forward(self, pack: Pack, *, temperature: float = 1.0, entropy: bool = False, values: bool = False) -> Outputs:
         """Log-probabilities of the actions at this temperature, [A]; entropies and values where asked, NaN elsewhere."""
         hidden = self.hidden(pack)
-        logprobs, entropies = score_actions(hidden[pack.predictors], self.head, pack.actions, temperature=temperature, entropy=entropy, chunk=self.chunk)
+        logprobs, entropies = score_actions(
+            hidden[pack.predictors], self.head, pack.actions, temperature=temperature, entropy=entropy, chunk=self.chunk
+        )
         if not values:
             return Outputs.of(logprobs, entropy=entropies, sequences=pack.layout.sequences)
         assert self.value_head is not None, "values are asked of a policy without a value head"
@@ -78,7 +80,9 @@ class RewardModel(nn.Module):
         try:
             model = compat.classifier_from_config(config, compat.dtype_of(lm))
         except ValueError as error:
-            raise UsageError(f"transformers has no sequence classifier for {type(lm).__name__}.\nChoose another architecture for the reward model.") from error
+            raise UsageError(
+                f"transformers has no sequence classifier for {type(lm).__name__}.\nChoose another architecture for the reward model."
+            ) from error
         compat.body_of(model).load_state_dict(compat.body_of(lm).state_dict())
         generator = torch.Generator().manual_seed(seed)
         width = compat.text_config(lm).hidden_size

@@ -11,11 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tilt.models import compat
+from tilt.models.adapters import has_adapters, merged_state
 
 
 def save(model: PreTrainedModel, tokenizer: Any, path: str | Path) -> None:
-    """Weights, config.json, generation_config.json and tokenizer: opens with plain from_pretrained and gives the same logits."""
-    compat.write(model, tokenizer, Path(path))
+    """Weights (active adapters merged in), config.json, generation_config.json and tokenizer: opens with plain from_pretrained and gives the same logits."""
+    compat.write(model, tokenizer, Path(path), merged_state(model) if has_adapters(model) else None)
 
 
 def fingerprint(module: nn.Module) -> str:
