@@ -47,7 +47,13 @@ def k3(u: Tensor) -> Tensor:
 
 
 def score_actions(
-    hidden: Float[Tensor, "A D"], head: Callable[[Tensor], Tensor], actions: Int[Tensor, "A"], *, temperature: float, entropy: bool, chunk: int
+    hidden: Float[Tensor, "A D"],
+    head: Callable[[Tensor], Tensor],
+    actions: Int[Tensor, "A"],
+    *,
+    temperature: float,
+    entropy: bool,
+    chunk: int,
 ) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
     """Log-probabilities of the actions, and entropies (NaN where not asked for), under softmax(head(hidden) / temperature).
 
@@ -67,7 +73,7 @@ def score_actions(
     recompute = torch.is_grad_enabled() and len(actions) * _width(head, hidden) > SMALL
     parts = [
         checkpoint(score, h, a, use_reentrant=False) if recompute else score(h, a)
-        for h, a in zip(hidden.split(chunk), actions.split(chunk), strict=True)
+        for h, a in zip(torch.split(hidden, chunk), torch.split(actions, chunk), strict=True)
     ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 

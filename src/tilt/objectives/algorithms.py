@@ -8,11 +8,25 @@ from types import MappingProxyType
 from tilt.objectives.credit import GAE, GroupRelative, Imitate, Return, ReturnToGo
 from tilt.objectives.objective import Objective
 from tilt.objectives.policy import (
-    K1, K2, K3, CappedScore, Clip, GeometricRatio, GeometricTokenRatio, Importance, NoPenalty, NoRatio, PerBudget, ProductRatio, Score,
-    SequenceAverage, SequenceK3, SoftGate, TokenAverage, TokenRatio, TwoSided,
+    K2,
+    K3,
+    CappedScore,
+    Clip,
+    GeometricRatio,
+    GeometricTokenRatio,
+    NoPenalty,
+    NoRatio,
+    PerBudget,
+    ProductRatio,
+    Score,
+    SequenceAverage,
+    SequenceK3,
+    SoftGate,
+    TokenAverage,
+    TokenRatio,
 )  # fmt: skip
-from tilt.objectives.preference import Centring, ImplicitReward, Logistic, NoRegulariser, Preference, ScoreMargin
-from tilt.objectives.value import NoValue, ValueLoss
+from tilt.objectives.preference import ImplicitReward, Logistic, NoRegulariser, Preference, ScoreMargin
+from tilt.objectives.value import ValueLoss
 
 GROUP = GroupRelative()
 LEAVE_ONE_OUT = GroupRelative("leave_one_out", "none", kl=0.05)
@@ -46,17 +60,5 @@ PREFERENCES: Mapping[str, Preference] = MappingProxyType({
     #                          margin               link        regulariser
     "reward_model": Preference(ScoreMargin(),       Logistic(), NoRegulariser()),
     "dpo":          Preference(ImplicitReward(0.1), Logistic(), NoRegulariser()),
-})
-
-PIECES: Mapping[str, Mapping[str, type]] = MappingProxyType({
-    "credit":      {"imitate": Imitate, "return": Return, "return_to_go": ReturnToGo, "gae": GAE, "group_relative": GroupRelative},
-    "ratio":       {"none": NoRatio, "token": TokenRatio, "product": ProductRatio, "geometric": GeometricRatio, "geometric_token": GeometricTokenRatio},
-    "surrogate":   {"score": Score, "importance": Importance, "clip": Clip, "two_sided": TwoSided, "capped_score": CappedScore, "soft_gate": SoftGate},
-    "average":     {"token": TokenAverage, "sequence": SequenceAverage, "per_budget": PerBudget},
-    "penalty":     {"none": NoPenalty, "k1": K1, "k2": K2, "k3": K3, "sequence_k3": SequenceK3},
-    "value":       {"none": NoValue, "value_loss": ValueLoss},
-    "margin":      {"score": ScoreMargin, "implicit_reward": ImplicitReward},
-    "link":        {"logistic": Logistic},
-    "regulariser": {"none": NoRegulariser, "centring": Centring},
 })
 # fmt: on

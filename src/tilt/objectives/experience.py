@@ -21,7 +21,14 @@ class Rewards:
     scored: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     @staticmethod
-    def of(total: Tensor, steps: Tensor | None = None, *, parts: Mapping[str, Tensor] | None = None, scored: Tensor | None = None, actions: int = 0) -> Rewards:
+    def of(
+        total: Tensor,
+        steps: Tensor | None = None,
+        *,
+        parts: Mapping[str, Tensor] | None = None,
+        scored: Tensor | None = None,
+        actions: int = 0,
+    ) -> Rewards:
         """Sequence rewards, all scored unless said otherwise; `steps` are zeros [actions] where none are given."""
         dense = torch.zeros(actions, dtype=total.dtype, device=total.device) if steps is None else steps
         seen = torch.ones_like(total, dtype=torch.bool) if scored is None else scored
@@ -42,10 +49,20 @@ class Signals:
     final: Tensor
 
     @staticmethod
-    def of(old: Tensor, *, sampler: Tensor | None = None, reference: Tensor | None = None, values: Tensor | None = None, final: Tensor | None = None, sequences: int = 0) -> Signals:
+    def of(
+        old: Tensor,
+        *,
+        sampler: Tensor | None = None,
+        reference: Tensor | None = None,
+        values: Tensor | None = None,
+        final: Tensor | None = None,
+        sequences: int = 0,
+    ) -> Signals:
         nan = torch.full_like(old, float("nan"))
         end = old.new_full((sequences,), float("nan")) if final is None else final
-        return Signals(nan if sampler is None else sampler, old, nan if reference is None else reference, nan if values is None else values, end)
+        return Signals(
+            nan if sampler is None else sampler, old, nan if reference is None else reference, nan if values is None else values, end
+        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,15 @@ class Outputs:
     final: Tensor
 
     @staticmethod
-    def of(logprobs: Tensor, *, entropy: Tensor | None = None, kl: Tensor | None = None, values: Tensor | None = None, final: Tensor | None = None, sequences: int = 0) -> Outputs:
+    def of(
+        logprobs: Tensor,
+        *,
+        entropy: Tensor | None = None,
+        kl: Tensor | None = None,
+        values: Tensor | None = None,
+        final: Tensor | None = None,
+        sequences: int = 0,
+    ) -> Outputs:
         nan = torch.full_like(logprobs, float("nan")).detach()
         end = nan.new_full((sequences,), float("nan")) if final is None else final
         return Outputs(logprobs, nan if entropy is None else entropy, nan if kl is None else kl, nan if values is None else values, end)
@@ -79,5 +104,7 @@ class Experience:
         """The part of the experience that belongs to these sequences, actions in the order in which the sequences are named."""
         actions = self.layout.actions_of(sequences)
         per_sequence = {"final"}
-        signals = Signals(**{f.name: getattr(self.signals, f.name)[sequences if f.name in per_sequence else actions] for f in fields(Signals)})
+        signals = Signals(
+            **{f.name: getattr(self.signals, f.name)[sequences if f.name in per_sequence else actions] for f in fields(Signals)}
+        )
         return Experience(self.layout.take(sequences), signals, self.advantages[actions], self.returns[actions], self.weights[actions])

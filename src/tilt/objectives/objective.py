@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ class Objective:
     ratio: Ratio
     surrogate: Surrogate
     average: Average
-    penalty: Penalty = NoPenalty()
-    value: Value = NoValue()
+    penalty: Penalty = field(default_factory=NoPenalty)
+    value: Value = field(default_factory=NoValue)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -47,7 +47,9 @@ class Objective:
         """Why this row cannot run with so many samples a prompt and passes over a batch, in the user's words; empty when it can."""
         problems = []
         if self.credit.compares and samples < 2:
-            problems.append(f"{self.credit!r} compares the answers to one prompt, so samples={samples} gives no signal: set samples to 2 or more")
+            problems.append(
+                f"{self.credit!r} compares the answers to one prompt, so samples={samples} gives no signal: set samples to 2 or more"
+            )
         if self.passes is not None and passes > self.passes:
             problems.append(
                 f"{self.surrogate!r} is right for {self.passes} pass over fresh samples, not passes={passes}: "

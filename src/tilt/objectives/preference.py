@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Protocol
 
 import torch
@@ -57,7 +57,9 @@ class Margin(Protocol):
     """Two rewards per pair, whose difference less `offset` is the margin the link judges."""
 
     needs: ClassVar[frozenset[str]] = NOTHING
-    offset: float
+
+    @property
+    def offset(self) -> float: ...
 
     def rewards(self, pairs: Pairs) -> tuple[PerPair, PerPair]: ...
 
@@ -141,8 +143,8 @@ class Preference:
     """loss = sum_n weight_n (link(margin_n) + regulariser_n); the losses of parts of a batch add up to the loss of the batch."""
 
     margin: Margin
-    link: Link = Logistic()
-    regulariser: Regulariser = NoRegulariser()
+    link: Link = field(default_factory=Logistic)
+    regulariser: Regulariser = field(default_factory=NoRegulariser)
 
     @property
     def needs(self) -> frozenset[str]:
