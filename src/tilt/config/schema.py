@@ -47,15 +47,16 @@ def _over(default: Section, value: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a default section states, with the given ones laid over them."""
     result: dict[str, Any] = {name: getattr(default, name) for name in default.model_fields_set}
     for name, given in value.items():
-        below = getattr(default, name, None) if name in type(default).model_fields else None
-        annotated = type(default).model_fields[name].annotation if below is not None else None
-        result[name] = _over(below, given) if isinstance(below, Section) and isinstance(given, Mapping) and annotated is type(below) else given
+        info = type(default).model_fields.get(name)
+        below = getattr(default, name) if info else None
+        nested = isinstance(below, Section) and isinstance(given, Mapping) and info is not None and info.annotation is type(below)
+        result[name] = _over(below, given) if nested and isinstance(below, Section) else given
     return result
 
 
 def _shaped(value: Any, annotation: Any) -> Any:
     """A list as a tuple where a tuple is asked for, text as a path where a path is; all else as it is."""
-    options = [a for a in _options(annotation)]
+    options = list(_options(annotation))
     if isinstance(value, str) and Path in options and str not in options:
         return Path(value)
     if isinstance(value, (list, tuple)):

@@ -142,7 +142,8 @@ class Journal:
         table = Table.grid(padding=(0, 2))
         for name in self._shown(values):
             table.add_row(Text(name), Text(number(values[name]), justify="right"), Text(sparkline(self._history[name])))
-        bar = ProgressBar(total=max(self.total, 1), completed=min(step, self.total), width=40)
+        bar = Table.grid()
+        bar.add_row(ProgressBar(total=max(self.total, 1), completed=min(step, self.total), width=40))
         panel = Panel(Group(bar, table), title=Text(self._progress(step, now)), title_align="left")
         if self._live is None:
             self._live = Live(panel, console=self.console, auto_refresh=False)

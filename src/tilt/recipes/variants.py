@@ -1,0 +1,121 @@
+"""From a configuration to an objective: a row of the table by name, or one of your own from `file.py:NAME`, then its slots overridden."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from tilt.config import build_piece, hint
+from tilt.errors import UsageError
+from tilt.objectives import ALGORITHMS, PIECES, PREFERENCES, Objective, Preference
+
+R = TypeVar("R", Objective, Preference)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a row came from: its name, and for a row of your own the file and its SHA-256."""
+
+    algorithm: str
+    source: str = ""
+    sha256: str = ""
+
+    def lines(self, objective: object) -> list[str]:
+        """The row as it stands in the run's record: name, every choice in full, and the file it was read from."""
+        lines = [f"algorithm: {self.algorithm}", f"objective: {objective!r}"]
+        return lines if not self.source else [*lines, f"from {self.source} (sha256 {self.sha256})"]
+
+
+def resolve(algorithm: str, overrides: Mapping[str, Any]) -> tuple[str, Objective]:
+    """The name and the row that a run optimises: `ppo`, or `file.py:NAME`, with `overrides` {slot: piece} applied."""
+    return _resolve(algorithm, overrides, ALGORITHMS, Objective)
+
+
+def resolve_preference(algorithm: str, overrides: Mapping[str, Any]) -> tuple[str, Preference]:
+    """The same for rows on pairs: `reward_model`, `dpo`, or `file.py:NAME`."""
+    return _resolve(algorithm, overrides, PREFERENCES, Preference)
+
+
+def _resolve(algorithm: str, overrides: Mapping[str, Any], table: Mapping[str, R], kind: type[R]) -> tuple[str, R]:
+    if ".py:" in algorithm or algorithm.endswith(".py"):
+        return algorithm, override(import_row(algorithm, kind), overrides)
+    name = algorithm.replace("-", "_")
+    if name in table:
+        return name, override(table[name], overrides)
+    other = next((recipe for recipe, rows in (("rl", ALGORITHMS), ("dpo or rm", PREFERENCES)) if name in rows), None)
+    why = f"it is a row of `tilt {other}`" if other else hint(algorithm, table)
+    raise UsageError(f"unknown algorithm `{algorithm}`: {why}\n`tilt algorithms` shows the table; `file.py:NAME` names a row of your own")
+
+
+def origin(algorithm: str) -> Origin:
+    """Where `algorithm` comes from, for the run's record."""
+    path, _, name = algorithm.rpartition(":")
+    if not path:
+        return Origin(algorithm)
+    source = Path(path).expanduser().resolve()
+    return Origin(name, str(source), hashlib.sha256(source.read_bytes()).hexdigest())
+
+
+def override(row: R, overrides: Mapping[str, Any], where: str = "objective") -> R:
+    """The row with these slots changed; everything that is wrong at once."""
+    slots = [f.name for f in fields(row)]
+    changed, problems = {}, []
+    for slot, value in overrides.items():
+        if slot not in slots:
+            problems.append(f"unknown key `{where}.{slot}`: {hint(str(slot), slots)}")
+            continue
+        try:
+            changed[slot] = build_piece(value, PIECES[slot], getattr(row, slot), f"{where}.{slot}")
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("\n".join(problems))
+    return replace(row, **changed)
+
+
+def import_row(algorithm: str, kind: type[R]) -> R:
+    """The row called NAME in the Python file of `file.py:NAME`; the file is run."""
+    path, _, name = algorithm.rpartition(":")
+    if not path or not name.isidentifier():
+        raise UsageError(f"`{algorithm}`: a row of your own is named `file.py:NAME`, as in `my_variant.py:SOFT`")
+    module = import_file(Path(path))
+    if not hasattr(module, name):
+        rows = [key for key, value in vars(module).items() if isinstance(value, kind)]
+        raise UsageError(f"{path} has no `{name}`: " + (hint(name, rows) if rows else f"it defines no {kind.__name__}"))
+    row = getattr(module, name)
+    if not isinstance(row, kind):
+        example = ", ".join(f"{f.name}=…" for f in fields(kind))
+        raise UsageError(f"`{name}` in {path} is {_kind(row)}, not a row of this table: write `{name} = {kind.__name__}({example})`")
+    return row
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def import_file(path: Path) -> ModuleType:
+    """A Python file as a module; one that is missing or fails is a UsageError with its line."""
+    file = path.expanduser().resolve()
+    if not file.is_file():
+        raise UsageError(f"no such file: {path}")
+    name = f"tilt_file_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their annotations up here
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UsageError(f"{path}:{error.lineno}: {error.msg}") from None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        raise UsageError(f"{path}:{lines[-1] if lines else '?'}: {type(error).__name__}: {error}") from None
+    return module

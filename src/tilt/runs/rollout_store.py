@@ -1,0 +1,161 @@
+"""Rollouts on disk: one parquet file a step, one row a rollout, token channels included; written whole, then renamed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from tilt.data.rollouts import Rollout
+from tilt.errors import DataError
+from tilt.objectives.experience import Rewards
+from tilt.runs.files import atomic_write
+from tilt.runs.offsets import Spelling, text_offsets
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RolloutTable:
+    """What is stored of one step.
+
+    `texts` are (prompt, completion) pairs. `sequences` has one entry per rollout: `advantage`, `group_mean`, `group_std`, `dropped_reason` and
+    whatever else. `actions` has float32 channels [A] over the sampled tokens of all rollouts in order, or of those without a
+    `dropped_reason`; `clip` among them holds −1, 0, 1, 2. `group` numbers the prompts; by default their ids.
+    """
+
+    rollouts: Sequence[Rollout]
+    texts: Sequence[tuple[str, str]]
+    rewards: Rewards
+    tokenizer: Any
+    sequences: Mapping[str, Tensor | Sequence[Any]] = field(default_factory=dict)
+    actions: Mapping[str, Tensor] = field(default_factory=dict)
+    group: Sequence[int] = ()
+    run: str = ""
+    split: str = "train"
+
+
+def path_of(directory: Path | str, step: int) -> Path:
+    return Path(directory) / f"step_{step:06d}.parquet"
+
+
+def write(directory: Path | str, step: int, rows: RolloutTable) -> Path:
+    """`directory/step_000120.parquet`, zstd, with `schema_version` in the file's metadata; appears whole or not at all."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    count = len(rows.rollouts)
+    assert len(rows.texts) == count == len(rows.rewards.total), "one text and one reward per rollout"
+    columns = {**_identity(step, rows), **_outcome(rows), **_tokens(rows), **_channels(rows)}
+    table = pa.table(columns).replace_schema_metadata({"schema_version": str(SCHEMA_VERSION), "step": str(step)})
+    return atomic_write(path_of(directory, step), lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+
+
+def _identity(step: int, rows: RolloutTable) -> dict[str, pa.Array]:
+    rollouts, count = rows.rollouts, len(rows.rollouts)
+    return {
+        "run": pa.array([rows.run] * count, pa.string()),
+        "step": pa.array([step] * count, pa.int32()),
+        "split": pa.array([rows.split] * count, pa.string()),
+        "group_id": pa.array(list(rows.group) or [r.prompt.id for r in rollouts], pa.int64()),
+        "rollout_id": pa.array(range(count), pa.int32()),
+        "seed": pa.array([list(r.seed) for r in rollouts], pa.list_(pa.int64())),
+        "weight_version": pa.array([r.version for r in rollouts], pa.int32()),
+        "prompt": pa.array([_storable(prompt) for prompt, _ in rows.texts], pa.string()),
+        "completion": pa.array([_storable(completion) for _, completion in rows.texts], pa.string()),
+        "finish_reason": pa.array([r.stop for r in rollouts], pa.string()),
+    }
+
+
+def _outcome(rows: RolloutTable) -> dict[str, pa.Array]:
+    """Rewards in full float32, lengths, and the columns per sequence; a rollout that could not be scored has reward null."""
+    rewards, lengths = rows.rewards, [len(r.tokens) for r in rows.rollouts]
+    scored = rewards.scored.tolist()
+    columns = {
+        "reward": pa.array([float(v) if ok else None for v, ok in zip(rewards.total.tolist(), scored, strict=True)], pa.float32()),
+        "length": pa.array(lengths, pa.int32()),
+        "truncated": pa.array([r.stop == "length" for r in rows.rollouts], pa.bool_()),
+    }
+    if rewards.parts:
+        parts = {name: values.tolist() for name, values in rewards.parts.items()}
+        kind = pa.struct([(name, pa.float32()) for name in parts])
+        columns["rewards"] = pa.array([{name: values[i] for name, values in parts.items()} for i in range(len(lengths))], kind)
+    for name, values in rows.sequences.items():
+        plain = values.detach().tolist() if isinstance(values, Tensor) else list(values)
+        assert len(plain) == len(lengths), f"{name}: one value per rollout"
+        floats = all(isinstance(v, float) or v is None for v in plain) and any(v is not None for v in plain)
+        columns[name] = pa.array(plain, pa.float32() if floats else pa.string() if all(v is None for v in plain) else None)
+    columns.setdefault("dropped_reason", pa.nulls(len(lengths), pa.string()))
+    return columns
+
+
+def _tokens(rows: RolloutTable) -> dict[str, pa.Array]:
+    spelling = Spelling(rows.tokenizer)
+    offsets = [text_offsets(r.tokens, completion, spelling) for r, (_, completion) in zip(rows.rollouts, rows.texts, strict=True)]
+    return {
+        "ids": _lists([np.asarray(r.tokens, np.uint32) for r in rows.rollouts], np.uint32),
+        "text_offsets": _lists([np.asarray(o, np.int32) for o in offsets], np.int32),
+        "mask": _lists([np.asarray(r.sampled, np.uint8) for r in rows.rollouts], np.uint8),
+    }
+
+
+def _channels(rows: RolloutTable) -> dict[str, pa.Array]:
+    """Each channel as one list per rollout with an entry per completion token: float16, NaN where a token is no action; `clip` is int8, null there."""
+    masks = [np.asarray(r.sampled, bool) for r in rows.rollouts]
+    dropped = list(rows.sequences.get("dropped_reason", [None] * len(masks)))
+    everything = int(sum(m.sum() for m in masks))
+    kept = int(sum(m.sum() for m, reason in zip(masks, dropped, strict=True) if reason is None))
+    columns = {}
+    for name, values in rows.actions.items():
+        flat = values.detach().float().cpu().numpy()
+        assert len(flat) in (everything, kept), f"{name}: {len(flat)} values for {everything} actions ({kept} of them not dropped)"
+        lists, at = [], 0
+        for mask, reason in zip(masks, dropped, strict=True):
+            channel = np.full(len(mask), np.nan, np.float32)
+            if len(flat) == everything or reason is None:
+                channel[mask] = flat[at : at + int(mask.sum())]
+                at += int(mask.sum())
+            lists.append(channel)
+        columns[name] = _clip(lists) if name == "clip" else _lists(lists, np.float16)
+    return columns
+
+
+def _lists(values: Sequence[np.ndarray], kind: type) -> pa.Array:
+    """A list column from one array per row; float32 beyond ±65,504 becomes ±inf in float16."""
+    starts = np.concatenate([[0], np.cumsum([len(v) for v in values])]).astype(np.int32)
+    with np.errstate(over="ignore"):
+        flat: np.ndarray = np.concatenate([*values, np.zeros(0, kind)]).astype(kind)
+    return pa.ListArray.from_arrays(pa.array(starts), pa.array(flat))
+
+
+def _clip(lists: Sequence[np.ndarray]) -> pa.Array:
+    return pa.array([[None if np.isnan(v) else int(v) for v in row] for row in lists], pa.list_(pa.int8()))
+
+
+def _storable(text: str) -> str:
+    """Text as UTF-8 can hold it: a lone surrogate becomes `?`."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def read(path: Path | str) -> list[dict[str, Any]]:
+    """The rows of a stored step as plain values; a file of a later schema is refused, columns that are missing or unknown are not."""
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"no rollouts at {file}")
+    try:
+        table = pq.read_table(file)
+    except pa.ArrowException as error:
+        raise DataError(f"{file} is not a readable parquet file: {str(error).splitlines()[0]}") from None
+    found = int((table.schema.metadata or {}).get(b"schema_version", b"0"))
+    if found > SCHEMA_VERSION:
+        raise DataError(f"{file} has schema version {found}; this tilt reads up to {SCHEMA_VERSION}: upgrade it")
+    return [dict(row) for row in table.to_pylist()]
+
+
+def stored(directory: Path | str) -> list[int]:
+    """The steps that have a file, in order."""
+    return sorted(int(p.stem.removeprefix("step_")) for p in Path(directory).glob("step_*.parquet"))
