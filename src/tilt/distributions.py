@@ -9,22 +9,29 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tilt.shapes import ActionIndex, PerAction
+
+BatchLogits = Float[Tensor, "*batch V"]
+Batch = Float[Tensor, "*batch"]
+BatchActions = Int[Tensor, "*batch"]
+ActionHidden = Float[Tensor, "A D"]
+
 SMALL = 2**24
 """Actions times vocabulary up to which the logits are kept for the backward pass (64 MiB in float32)."""
 
 
-def logprobs(logits: Float[Tensor, "*batch V"], actions: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+def logprobs(logits: BatchLogits, actions: BatchActions) -> Batch:
     """log softmax(logits)[action]."""
     return logits.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
-def entropy(logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch"]:
+def entropy(logits: BatchLogits) -> Batch:
     """-sum_v p_v log p_v; a logit of -inf contributes nothing."""
     finite = logits.masked_fill(logits == -torch.inf, 0)
     return logits.logsumexp(-1) - (logits.softmax(-1) * finite).sum(-1)
 
 
-def kl(logits_p: Float[Tensor, "*batch V"], logits_q: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch"]:
+def kl(logits_p: BatchLogits, logits_q: BatchLogits) -> Batch:
     """KL(p || q) = sum_v p_v (log p_v - log q_v), exact; inf where q excludes what p allows."""
     excluded = logits_p == -torch.inf
     gap = logits_p.log_softmax(-1).masked_fill(excluded, 0) - logits_q.log_softmax(-1).masked_fill(excluded, 0)
@@ -47,14 +54,14 @@ def k3(u: Tensor) -> Tensor:
 
 
 def score_actions(
-    hidden: Float[Tensor, "A D"],
+    hidden: ActionHidden,
     head: Callable[[Tensor], Tensor],
-    actions: Int[Tensor, "A"],
+    actions: ActionIndex,
     *,
     temperature: float,
     entropy: bool,
     chunk: int,
-) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
+) -> tuple[PerAction, PerAction]:
     """Log-probabilities of the actions, and entropies (NaN where not asked for), under softmax(head(hidden) / temperature).
 
     The head runs on `chunk` actions at a time; with gradients and more than SMALL logits each chunk is recomputed in the

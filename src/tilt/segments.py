@@ -12,6 +12,10 @@ from torch import Tensor
 
 from tilt.shapes import PerAction, PerPrompt, PerSequence, SequenceMask
 
+EachSequence = Shaped[Tensor, "S"]
+EachAction = Shaped[Tensor, "A"]
+PromptMask = Bool[Tensor, "G"]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -94,7 +98,7 @@ def segment_mean(x: PerAction, layout: Layout) -> PerSequence:
     return segment_sum(x, layout) / layout.lengths
 
 
-def spread(x: Shaped[Tensor, "S"], layout: Layout) -> Shaped[Tensor, "A"]:
+def spread(x: EachSequence, layout: Layout) -> EachAction:
     """Every action of a sequence receives the sequence's entry: 7 9 over lengths 2, 1 → 7 7 9."""
     return x[layout.sequence]
 
@@ -149,6 +153,6 @@ def group_min(x: PerSequence, layout: Layout, scored: SequenceMask) -> PerPrompt
     return -group_max(-x, layout, scored)
 
 
-def group_flat(x: PerSequence, layout: Layout, scored: SequenceMask) -> Bool[Tensor, "G"]:
+def group_flat(x: PerSequence, layout: Layout, scored: SequenceMask) -> PromptMask:
     """Prompts whose scored sequences all have one value (or of which none is scored): max <= min, never a small std."""
     return group_max(x, layout, scored) <= group_min(x, layout, scored)
