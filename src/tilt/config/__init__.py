@@ -4,7 +4,7 @@ Precedence: defaults < files left to right (mappings are merged, everything else
 """
 
 from tilt.config.files import Document, override, read_file, read_value
-from tilt.config.nearest import hint, nearest
+from tilt.config.names import hint, nearest
 from tilt.config.pieces import build_piece
 from tilt.config.schema import Section, dump, gather, load, parse, recipe_name
 

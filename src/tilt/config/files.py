@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from tilt.config.nearest import nearest
+from tilt.config.names import nearest
 from tilt.errors import UsageError
 
 Key = tuple[str, ...]
@@ -45,6 +45,14 @@ class _Dumper(yaml.SafeDumper):
 for _name, (_pattern, _first) in SCALARS.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), ["" if c == "\0" else c for c in _first])
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Text, in double quotes where YAML would fold it: NEL and the Unicode separators count as line breaks."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if re.search("[\x85\u2028\u2029]", text) else None)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -125,6 +133,8 @@ def _build(loader: Any, node: yaml.Node, path: Key, document: Document, name: st
     count[0] += 1
     if any(node is other for other in above) or count[0] > MOST_NODES:
         raise UsageError(f"{at}: an alias that contains itself, or more than {MOST_NODES} values")
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+        raise UsageError(f"{at}: not valid YAML here: the tag {node.tag}")
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, child, (*path, str(i)), document, name, [*above, node], count) for i, child in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
@@ -203,7 +213,7 @@ def _set(document: Document, path: Key, value: Any, origin: str) -> None:
             here.setdefault(key, None)
         else:
             set_at = document.origins.get(path[:depth], "")
-            raise UsageError(f"`{where}` is {here!r}{f' ({set_at})' if set_at else ''}, so `{'.'.join(path)}` cannot be set inside it ({origin})")
+            raise UsageError(f"`{where}` is {here!r}{f' ({set_at})' if set_at else ''}, so `{'.'.join(path)}` cannot be set inside it ({origin}): make it a mapping first")
         if depth == len(path) - 1:
             here[index] = value
             document.origins = {k: v for k, v in document.origins.items() if k[: len(path)] != path}

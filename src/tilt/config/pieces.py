@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from tilt.config.nearest import hint
+from tilt.config.names import hint
 from tilt.errors import UsageError
 
 
@@ -31,8 +31,9 @@ def build_piece(value: Any, registry: Mapping[str, type], own: Any = None, where
         raise UsageError(f"`{where}` names {len(tags)} pieces, {' and '.join(tags)}: keep one (a later file adds to an earlier one; `{where}={tags[-1]}` replaces)")
     rest = {key: item for key, item in value.items() if key not in tags}
     if not tags:
-        if own is None:
-            raise UsageError(f"`{where}`: unknown piece `{next(iter(rest))}`: {hint(str(next(iter(rest))), registry)}")
+        stranger = next((key for key, item in rest.items() if key not in own_fields and (own is None or isinstance(item, Mapping))), None)
+        if stranger is not None:
+            raise UsageError(f"`{where}`: unknown piece `{stranger}`: {hint(str(stranger), registry)}")
         return _change(own, rest, registry, where)
     settings = value[tags[0]]
     if settings is not None and not isinstance(settings, Mapping):
@@ -85,6 +86,8 @@ def _field(value: Any, kind: Any, own: Any, registry: Mapping[str, type], where:
     if getattr(kind, "_is_protocol", False) or (is_dataclass(own) and not is_dataclass(kind)):
         return build_piece(value, registry, own if is_dataclass(own) else None, where)
     given = tuple(value) if isinstance(value, list) else value
+    if isinstance(value, bool) and get_origin(kind) is Literal and not any(value is choice for choice in get_args(kind)):
+        raise UsageError(f"`{where}` is {value}: expected {' or '.join(repr(choice) for choice in get_args(kind))}")
     try:
         return TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(given)
     except ValidationError as error:

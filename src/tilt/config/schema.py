@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from tilt.config.files import Document, Key, _Dumper, override, read_file
-from tilt.config.nearest import nearest
+from tilt.config.names import nearest
 from tilt.errors import UsageError
 
 
@@ -119,7 +119,7 @@ def parse(values: Mapping[str, Any], cls: type[C], origin: Mapping[Key, str] | s
     A top-level `recipe:` says which recipe a file is for and must agree with `cls`.
     """
     values = dict(values)
-    problems = []
+    problems: list[str] = []
     if "recipe" not in cls.model_fields and "recipe" in values:
         named = values.pop("recipe")
         if named != recipe_name(cls):
@@ -131,7 +131,7 @@ def parse(values: Mapping[str, Any], cls: type[C], origin: Mapping[Key, str] | s
         config = None
     if problems or config is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UsageError(f"{count} in the configuration of `{recipe_name(cls)}`:\n" + "\n".join(f"  {p}" for p in problems))
+        raise UsageError(f"{count} in the configuration of `{recipe_name(cls)}`:\n" + "\n".join(f"  {line}" for problem in problems for line in problem.splitlines()))
     return config
 
 
@@ -190,8 +190,8 @@ def _line(path: Key, items: list[Any], cls: type[Section], origin: Mapping[Key, 
     if first["type"] == "missing":
         return f"`{name}` is required{at}"
     if first["type"] in ("value_error", "assertion_error"):
-        reason = str(first["ctx"]["error"]) if "error" in first.get("ctx", {}) else first["msg"]
-        return f"`{name}`{at}: {reason}" if name else reason
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        return f"`{name}`{at}: {reason}" if name else str(reason)
     expected = " or ".join(dict.fromkeys(_expected(item) for item in items))
     line = f"`{name}` is {_got(first['input'])}{at}: expected {expected}"
     if first["type"] == "literal_error" and isinstance(first["input"], str):
@@ -253,9 +253,8 @@ def _all_keys(cls: type[Section], above: str = "", depth: int = 0) -> Iterator[s
 
 
 def dump(config: Section) -> str:
-    """The whole configuration as YAML, defaults included; `tilt run` on it reruns the run."""
-    values = {} if "recipe" in type(config).model_fields else {"recipe": recipe_name(type(config))}
-    return yaml.dump({**values, **_plain(config)}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """The whole configuration as YAML, defaults included; with a line `recipe: NAME` above, `tilt run` on it reruns the run."""
+    return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _plain(value: Any) -> Any:

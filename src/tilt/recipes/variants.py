@@ -19,6 +19,10 @@ from tilt.objectives import ALGORITHMS, PIECES, PREFERENCES, Objective, Preferen
 R = TypeVar("R", Objective, Preference)
 
 
+class VariantError(UsageError, ValueError):
+    """A row that cannot be had. A ValueError too, so that a configuration reports it beside its other errors."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a row came from: its name, and for a row of your own the file and its SHA-256."""
@@ -51,7 +55,7 @@ def _resolve(algorithm: str, overrides: Mapping[str, Any], table: Mapping[str, R
         return name, override(table[name], overrides)
     other = next((recipe for recipe, rows in (("rl", ALGORITHMS), ("dpo or rm", PREFERENCES)) if name in rows), None)
     why = f"it is a row of `tilt {other}`" if other else hint(algorithm, table)
-    raise UsageError(f"unknown algorithm `{algorithm}`: {why}\n`tilt algorithms` shows the table; `file.py:NAME` names a row of your own")
+    raise VariantError(f"unknown algorithm `{algorithm}`: {why}\n`tilt algorithms` shows the table; `file.py:NAME` names a row of your own")
 
 
 def origin(algorithm: str) -> Origin:
@@ -76,7 +80,7 @@ def override(row: R, overrides: Mapping[str, Any], where: str = "objective") -> 
         except UsageError as error:
             problems.append(str(error))
     if problems:
-        raise UsageError("\n".join(problems))
+        raise VariantError("\n".join(problems))
     return replace(row, **changed)
 
 
@@ -84,15 +88,15 @@ def import_row(algorithm: str, kind: type[R]) -> R:
     """The row called NAME in the Python file of `file.py:NAME`; the file is run."""
     path, _, name = algorithm.rpartition(":")
     if not path or not name.isidentifier():
-        raise UsageError(f"`{algorithm}`: a row of your own is named `file.py:NAME`, as in `my_variant.py:SOFT`")
+        raise VariantError(f"`{algorithm}`: a row of your own is named `file.py:NAME`, as in `my_variant.py:SOFT`")
     module = import_file(Path(path))
     if not hasattr(module, name):
         rows = [key for key, value in vars(module).items() if isinstance(value, kind)]
-        raise UsageError(f"{path} has no `{name}`: " + (hint(name, rows) if rows else f"it defines no {kind.__name__}"))
+        raise VariantError(f"{path} has no `{name}`: " + (hint(name, rows) if rows else f"it defines no {kind.__name__}"))
     row = getattr(module, name)
     if not isinstance(row, kind):
         example = ", ".join(f"{f.name}=…" for f in fields(kind))
-        raise UsageError(f"`{name}` in {path} is {_kind(row)}, not a row of this table: write `{name} = {kind.__name__}({example})`")
+        raise VariantError(f"`{name}` in {path} is {_kind(row)}, not a row of this table: write `{name} = {kind.__name__}({example})`")
     return row
 
 
@@ -104,18 +108,18 @@ def import_file(path: Path) -> ModuleType:
     """A Python file as a module; one that is missing or fails is a UsageError with its line."""
     file = path.expanduser().resolve()
     if not file.is_file():
-        raise UsageError(f"no such file: {path}")
+        raise VariantError(f"no such file: {path}")
     name = f"tilt_file_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise UsageError(f"{path} is not a Python file")
+        raise VariantError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their annotations up here
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise UsageError(f"{path}:{error.lineno}: {error.msg}") from None
+        raise VariantError(f"{path}:{error.lineno}: {error.msg}") from None
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        raise UsageError(f"{path}:{lines[-1] if lines else '?'}: {type(error).__name__}: {error}") from None
+        raise VariantError(f"{path}:{lines[-1] if lines else '?'}: {type(error).__name__}: {error}") from None
     return module
