@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import tempfile
 import urllib.error
@@ -146,7 +147,7 @@ def _fetch(url: str, target: Path, file: File) -> None:
             )
         os.chmod(part, 0o644)
         os.replace(part, target)
-    except (urllib.error.URLError, OSError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise DataError(
             f"cannot fetch {url}: {reason}\n  without a network, copy the file to {target}, or set TILT_DATA to a folder that has it"

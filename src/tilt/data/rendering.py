@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -111,7 +112,7 @@ class Renderer:
 
     def summary(self) -> str:
         """`2 prompts longer than 64 tokens (left out)`: what the limits did, or that everything fitted."""
-        return ", ".join(f"{n:,} {what}" for what, n in self.report.items()) or "every row fits"
+        return ", ".join(f"{n:,} {what}" for what, n in self.report.items() if n) or "every row fits"
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -133,6 +134,16 @@ class Renderer:
             raise DataError(
                 f"the chat template refuses a conversation with the turns {roles}: {error}\n  choose template: {' | '.join(NAMES)}"
             ) from None
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Any special token of the tokenizer, as text."""
+        return re.compile("|".join(re.escape(mark) for mark in self.tokenizer.all_special_tokens))
+
+    def _watch(self, said: str | Sequence[Message]) -> None:
+        """Count texts that spell a control token: it acts as one."""
+        texts = [said] if isinstance(said, str) else [turn["content"] for turn in said]
+        self.report["texts that spell a control token"] += sum(bool(self._control.search(text)) for text in texts)
 
     @cached_property
     def _start(self) -> tuple[int, ...]:
@@ -163,6 +174,7 @@ class Renderer:
         return after[: place + len(longest)], after[place + len(longest) :]
 
     def _question(self, asked: str | list[Message], row: Row) -> list[int]:
+        self._watch(asked)
         if self.chat:
             turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
             return self._encode(self._render(turns, self._tools(row), answer_next=True))
@@ -181,6 +193,7 @@ class Renderer:
 
     def _answered(self, prompt: Prompt, said: str | list[Message], row: Row) -> Rollout:
         """The answer, its stop token included. Of several turns only the assistant's are trained."""
+        self._watch(said)
         if isinstance(said, str) or len(said) == 1:
             text = said if isinstance(said, str) else said[0]["content"]
             closing = self._closing if self.chat else self.tokenizer.eos_token
@@ -196,6 +209,7 @@ class Renderer:
     def _whole(self, row: Row, id: int) -> Rollout:
         """Every assistant turn trained, or with `all` every token; the prompt is what stands before the first trained token."""
         turns = row.get("messages") or [*_turns(row["prompt"], "user"), *_turns(row["completion"], "assistant")]
+        self._watch(turns)
         if self.chat:
             spans = self._spans(turns, self._tools(row))
         elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
@@ -248,6 +262,8 @@ class Renderer:
                 continue
             spans += [Span(given, False), Span(turn["content"] + closing, True)]
             given = rest
+        if self._render(turns, tools) != "".join(piece + said["content"] for piece, said in zip(pieces, turns, strict=False)) + pieces[-1]:
+            self.report["conversations whose text the template would alter (kept as given)"] += 1
         if first:
             lead = self._render(turns[:first], tools, answer_next=True)
             spans[0] = Span(spans[0].text[len(lead) :] if spans[0].text.startswith(lead) else "", False)
@@ -302,7 +318,16 @@ def render_chat(tokenizer: Any, turns: Sequence[Mapping[str, Any]], tools: Any, 
     return str(tokenizer.apply_chat_template(list(turns), tools=tools, tokenize=False, add_generation_prompt=answer_next, return_dict=False))
 
 
-def renderer(tokenizer: Any, template: str = "auto", *, conversational: bool = False, **limits: Any) -> Renderer:
+def renderer(
+    tokenizer: Any,
+    template: str = "auto",
+    *,
+    conversational: bool = False,
+    max_prompt_tokens: int = 0,
+    max_tokens: int = 0,
+    train_on: TrainOn = "completion",
+    over_length: OverLength = "drop",
+) -> Renderer:
     """A renderer for a template's name, its Jinja text, `text` (no template), or `auto`: the tokenizer's own, else plain text.
 
     A named template is set on the tokenizer, so that what a run saves carries it.
@@ -310,13 +335,13 @@ def renderer(tokenizer: Any, template: str = "auto", *, conversational: bool = F
     if template == "auto":
         if conversational and not tokenizer.chat_template:
             raise UsageError(NO_TEMPLATE)
-        return Renderer(tokenizer, bool(tokenizer.chat_template), **limits)
-    if template == "text":
+    elif template == "text":
         if conversational:
-            raise UsageError("template: text joins prompt and answer as they stand, but the data are conversations\n  choose " + " | ".join(NAMES))
-        return Renderer(tokenizer, False, **limits)
-    tokenizer.chat_template = template if "{" in template else chat_template(template, tokenizer)
-    return Renderer(tokenizer, True, **limits)
+            raise UsageError(f"template: text joins prompt and answer as they stand, but the data are conversations\n  choose {' | '.join(NAMES)}")
+    else:
+        tokenizer.chat_template = template if "{" in template else chat_template(template, tokenizer)
+    chat = template != "text" and bool(tokenizer.chat_template)
+    return Renderer(tokenizer, chat, max_prompt_tokens, max_tokens, train_on, over_length)
 
 
 def show(example: Rollout, tokenizer: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import os
 import sys
@@ -133,7 +134,7 @@ def _read(path: Path, lines: bool) -> list[Row]:
     if kind == ".csv":
         return _csv(path, text)
     if kind == ".txt":
-        return [{"text": line} for line in text.splitlines() if line.strip()] if lines else [{"text": text}]
+        return [{"text": line.rstrip("\r")} for line in text.split("\n") if line.strip()] if lines else [{"text": text}]
     return _json(path, text, by_line=kind == ".jsonl")
 
 
@@ -151,20 +152,15 @@ def _text(path: Path) -> str:
 
 def _json(path: Path, text: str, by_line: bool) -> list[Row]:
     """One object a line, or in a `.json` file also one list of objects."""
-    if by_line or text.lstrip()[0] != "[":
+    if not by_line:
         try:
-            whole = None if by_line else json.loads(text)
-        except json.JSONDecodeError:
-            whole = None
-        if whole is not None:
-            return _objects(path, [whole])
-        numbered = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return _objects(path, [_parse(path, line, n) for n, line in numbered], [n for n, _ in numbered])
-    try:
-        return _objects(path, json.loads(text))
-    except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
-        raise DataError(_broken(path, line, error.lineno, error)) from None
+            whole = json.loads(text)
+            return _objects(path, whole if isinstance(whole, list) else [whole])
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data" or text.lstrip()[0] == "[":  # else one object a line: the first was read, more follow
+                raise DataError(_broken(path, text.split("\n")[error.lineno - 1], error.lineno, error)) from None
+    numbered = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return _objects(path, [_parse(path, line, n) for n, line in numbered], [n for n, _ in numbered])
 
 
 def _parse(path: Path, line: str, number: int) -> Any:
@@ -192,7 +188,7 @@ def _objects(path: Path, values: Any, numbers: Sequence[int] | None = None) -> l
 
 def _csv(path: Path, text: str) -> list[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(reader)
         if len(set(header)) < len(header):

@@ -91,6 +91,8 @@ def split(rows: Sequence[Row], parts: float | Sequence[float], *, by: str = "pro
     ends = np.cumsum(shares)[:-1]
     made: list[list[Row]] = [[] for _ in shares]
     for row in rows:
+        if by != "prompt" and by not in row:
+            raise DataError(f"cannot split by {by!r}: a row has no such column\n  it has: {', '.join(row)}")
         key = prompt_text(row) if by == "prompt" else str(row[by])
         made[int(np.searchsorted(ends, _place(seed, key), side="right"))].append(row)
     if any(not part for part in made):
