@@ -9,6 +9,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,11 @@ import torch
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
-install_import_hook(["tilt.objectives", "tilt.segments", "tilt.distributions"], "typeguard.typechecked")
+spec = importlib.util.spec_from_file_location("tilt_shape_checker", Path(__file__).with_name("shape_checker.py"))
+assert spec is not None and spec.loader is not None
+sys.modules["tilt_shape_checker"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["tilt_shape_checker"])
+install_import_hook(["tilt.objectives", "tilt.segments", "tilt.distributions"], "tilt_shape_checker.check")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,87 @@
+"""Rewards that are reward models: frozen, scored in parts of a token budget, under the tokenizer that the model was trained with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tilt.data.packing import pack
+from tilt.data.rendering import Renderer
+from tilt.data.rollouts import Rollout
+from tilt.errors import NumericError
+from tilt.models.policy import RewardModel
+from tilt.rewards.functions import Scored
+from tilt.rewards.text import Text, inert
+
+Retokenise = Callable[[Rollout, Text], Rollout]
+
+
+def own_tokens(rollout: Rollout, text: Text) -> Rollout:
+    """The rollout as it was sampled: for a reward model that shares the policy's tokenizer."""
+    return rollout
+
+
+@dataclass(frozen=True)
+class Rerendered:
+    """The same prompt and answer under the reward model's own tokenizer and template; an answer that was cut off gets no stop token."""
+
+    renderer: Renderer
+
+    def __call__(self, rollout: Rollout, text: Text) -> Rollout:
+        columns = rollout.prompt.columns
+        asked = columns["messages"][:-1] if "messages" in columns else columns.get("prompt", text.prompt)
+        row = {"prompt": asked, "completion": text.completion} | ({"tools": columns["tools"]} if "tools" in columns else {})
+        answer = self.renderer.demonstration(row, rollout.prompt.id)
+        if rollout.stop == "stop":
+            return answer
+        closing = len(self.renderer.demonstration({**row, "completion": ""}, rollout.prompt.id).tokens)
+        kept = max(1, len(answer.tokens) - closing)
+        return replace(
+            answer, tokens=answer.tokens[:kept], sampled=answer.sampled[:kept], logprobs=answer.logprobs[:kept], stop=rollout.stop
+        )
+
+
+def same_tokenizer(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give every text the same tokens: the same object, or equal vocabularies, special tokens and splits of a probe."""
+    probe = "Tilt 3.14: naïve café, 你好\n\n  def f(x):\treturn  x**2  # 1,080.00"
+    return one is other or (
+        one.get_vocab() == other.get_vocab()
+        and (one.eos_token_id, one.bos_token_id) == (other.eos_token_id, other.bos_token_id)
+        and one.encode(probe, add_special_tokens=False) == other.encode(probe, add_special_tokens=False)
+        and one.chat_template == other.chat_template
+    )
+
+
+@dataclass(frozen=True)
+class ModelReward:
+    """The reward model's score of each rollout, at its last token; `budget` is the number of tokens in one forward."""
+
+    name: str
+    model: RewardModel
+    retokenise: Retokenise = own_tokens
+    budget: int = 16384
+
+    def __post_init__(self) -> None:
+        self.model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def __call__(self, rollouts: Sequence[Rollout], texts: Sequence[Text]) -> Scored:
+        if not rollouts:
+            return Scored([])
+        row = pack([self.retokenise(rollout, text) for rollout, text in zip(rollouts, texts, strict=True)])
+        device = next(self.model.parameters()).device
+        scores = torch.empty(len(rollouts))
+        for part in row.split(self.budget):
+            scores[part] = self.model(row.take(part).to(device)).float().cpu()
+        values = scores.tolist()
+        for i, value in enumerate(values):
+            if not math.isfinite(value):
+                raise NumericError(
+                    f"the reward model {self.name} scored sample {i} as {value}: prompt {inert(texts[i].prompt)}, completion {inert(texts[i].completion)}\n"
+                    "Look at its training run, or load it in float32."
+                )
+        return Scored(values)

@@ -1,0 +1,147 @@
+"""What a configuration says about rewards: one entry or a list, each a rule, a function or a reward model with a weight; parsed strictly, every error at once."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tilt.config import build_piece, hint
+from tilt.errors import UsageError
+from tilt.rewards.functions import ON_ERROR, OnError, RewardFunction, Scored, load_function, locate
+from tilt.rewards.isolate import Isolated
+from tilt.rewards.rules import RULES, Rule
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of the user's, `file.py:func`; isolated, it runs in a worker of at most `memory` GiB and `cpu` seconds (0: no limit)."""
+
+    file: str
+    isolate: bool = False
+    memory: float = 4.0
+    cpu: int = 0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A reward model: a folder, or a hub name."""
+
+    path: str
+    budget: int = 16384
+
+
+Source = Rule | Function | Model
+KINDS: Mapping[str, type] = {**RULES, "function": Function, "model": Model}
+COMMON: Mapping[str, str] = {"weight": "a finite number", "name": "text", "timeout": "seconds above 0", "on_error": "raise, zero or skip"}
+EXAMPLES = "`rewards.py:score`, `{numeric: {answer: answer}}`, `{model: runs/rm/final, weight: 0.5}`, or a list of these"
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One part of the reward: where its scores come from, the weight of the part in the sum, and what happens when it fails."""
+
+    name: str
+    source: Source
+    weight: float = 1.0
+    timeout: float = 60.0
+    on_error: OnError = "raise"
+
+
+def parse(value: Any, where: str = "reward") -> tuple[RewardSpec, ...]:
+    """`file.py:func` | a rule's name | `{numeric: {answer: gold, weight: 2}}` | `{model: path, weight: 1}` | a list of them → specs with unique names."""
+    if isinstance(value, list | tuple):
+        if not value:
+            raise UsageError(f"`{where}` is an empty list: expected {EXAMPLES}")
+        entries = [(item, f"{where}.{i}") for i, item in enumerate(value)]
+    else:
+        entries = [(value, where)]
+    specs, problems = [], []
+    for item, place in entries:
+        try:
+            specs.append(_entry(item, place))
+        except UsageError as error:
+            problems.append(str(error))
+    repeated = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
+    problems += [f"`{where}` has two parts named `{name}`: tell them apart with `name:`" for name in repeated]
+    if problems:
+        raise UsageError("\n".join(problems))
+    return tuple(specs)
+
+
+def _entry(value: Any, where: str) -> RewardSpec:
+    if isinstance(value, RewardSpec):
+        return value
+    if isinstance(value, str):
+        value = {value: {}} if value in KINDS else {"function": value}
+    if not isinstance(value, Mapping):
+        raise UsageError(f"`{where}` is {value!r}: expected {EXAMPLES}")
+    kinds = [key for key in value if key in KINDS]
+    unknown = [key for key in value if key not in KINDS and key not in COMMON]
+    if unknown:
+        raise UsageError("\n".join(f"unknown key `{where}.{key}`: {hint(str(key), [*KINDS, *COMMON])}" for key in unknown))
+    if len(kinds) != 1:
+        raise UsageError(f"`{where}` names {' and '.join(kinds) or 'no reward'}: give exactly one of {', '.join(KINDS)}")
+    kind = kinds[0]
+    settings = (
+        value[kind] if isinstance(value[kind], Mapping) else {fields(KINDS[kind])[0].name: value[kind]} if value[kind] is not None else {}
+    )
+    inner = {key: item for key, item in settings.items() if key in COMMON and key not in {f.name for f in fields(KINDS[kind])}}
+    outer = {key: item for key, item in value.items() if key in COMMON}
+    if both := inner.keys() & outer.keys():
+        raise UsageError(f"`{where}` says {', '.join(sorted(both))} twice: keep one")
+    source = build_piece({kind: {k: v for k, v in settings.items() if k not in inner}}, KINDS, where=where)
+    return RewardSpec(source=source, **_common({**inner, **outer}, _name(source), where))
+
+
+def _common(given: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The settings that every kind has, checked."""
+    fine = {
+        "weight": lambda v: _is_number(v) and math.isfinite(v),
+        "timeout": lambda v: _is_number(v) and 0 < v < math.inf,
+        "name": lambda v: isinstance(v, str) and v != "",
+        "on_error": lambda v: isinstance(v, str) and v in ON_ERROR,
+    }
+    problems = [f"`{where}.{key}` is {v!r}: expected {COMMON[key]}" for key, v in given.items() if not fine[key](v)]
+    if problems:
+        raise UsageError("\n".join(problems))
+    return {"name": name, **{k: float(v) if k in ("weight", "timeout") else v for k, v in given.items()}}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _name(source: Source) -> str:
+    """The name of a part that was given none: the function's, the rule's, or `model`."""
+    if isinstance(source, Function):
+        return source.file.rpartition(":")[2]
+    return "model" if isinstance(source, Model) else source.name
+
+
+def check_files(specs: Sequence[RewardSpec], base: Path = Path()) -> None:
+    """Refuse a function whose file is not there, before anything is loaded."""
+    for spec in specs:
+        if isinstance(spec.source, Function):
+            locate(spec.source.file, base)
+
+
+def function_of(spec: RewardSpec, base: Path = Path()) -> RewardFunction:
+    """A rule or a function, ready to be called; the file of an isolated one is run in its worker only."""
+    source = spec.source
+    assert not isinstance(source, Model), "a reward model is loaded by the recipe"
+    if not isinstance(source, Function):
+        return RewardFunction(spec.name, source, spec.timeout, spec.on_error)
+    if not source.isolate:
+        return RewardFunction(spec.name, load_function(source.file, base)[2], spec.timeout, spec.on_error)
+    path, name = locate(source.file, base)
+    worker = Isolated(path, name, spec.timeout, source.memory, source.cpu)
+    worker.start()
+    return RewardFunction(spec.name, worker, spec.timeout, spec.on_error)
+
+
+ScoreModel = Callable[..., Scored]
+LoadModel = Callable[[RewardSpec], ScoreModel]
