@@ -6,6 +6,7 @@ An adapter is switched by a flag that peft's layers read; who is trainable never
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -89,6 +90,19 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
                 weight += layer.get_delta_weight(name).detach().to(weight.dtype)
         state[f"{path}.base_layer.weight"] = weight
     return {k.replace(".base_layer.", "."): v for k, v in state.items()}
+
+
+def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of its own, every weight trainable, active adapters added to the weights and gone."""
+    twin = copy.deepcopy(model)
+    for path, layer in list(twin.named_modules()):
+        if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
+            base = layer.base_layer
+            for name in [] if layer._disable_adapters else layer.active_adapters:
+                if name in layer.lora_A:
+                    base.weight.data += layer.get_delta_weight(name).detach().to(base.weight.dtype)
+            twin.set_submodule(path, base)
+    return twin.requires_grad_(True)
 
 
 def save_adapter(model: PreTrainedModel, path: str | Path, *, base: str, name: str = "default") -> None:

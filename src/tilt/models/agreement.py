@@ -17,11 +17,11 @@ from tilt.models.attention import NAME
 from tilt.models.heads import head_function, hidden_states
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Largest difference of a log-probability, per dtype; half precision is judged by 0.15."""
+"""Largest difference per dtype, in units of the largest deviation from the mean over the texts; half precision is judged by 0.1."""
 
 
 def settle(lm: PreTrainedModel) -> None:
-    """Switch a fresh causal LM to packed rows where they are exact, else leave it on padded batches; `note` tells which.
+    """Switch a fresh causal LM or classifier to packed rows where they are exact, else leave it on padded batches; `note` tells which.
 
     Two prompts, four answers (one of one token), windows cut to 3, are scored in every way. A model whose padded forward
     disagrees as well is refused: Tilt does not know its head.
@@ -35,7 +35,8 @@ def settle(lm: PreTrainedModel) -> None:
             plain = "eager"
             compat.use_attention(lm, plain)
             truth = _plain(lm, trial)
-        failure = _try(lm, trial, truth, NAME)
+        chunked = "it cuts attention into chunks" if compat.chunked_attention(lm) else ""
+        failure = chunked or _try(lm, trial, truth, NAME)
         if not failure:
             return
         padded_failure = _try(lm, trial, truth, plain)
@@ -58,23 +59,35 @@ def _try(lm: PreTrainedModel, trial: Pack, truth: Tensor, implementation: str) -
     if compat.attention_of(lm) != implementation:
         return "its attention cannot be exchanged"
     try:
-        logprobs = torch.log_softmax(head_function(lm)(hidden_states(lm, trial)[trial.predictors]).double(), -1)
+        found = _judged(lm, hidden_states(lm, trial)[trial.predictors])
     except (UsageError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, IndexError) as error:
         return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    worst = float((logprobs - truth).abs().max())
-    return "" if worst <= TOLERANCE.get(compat.dtype_of(lm), 0.15) else f"log-probabilities differ by {worst:.1e}"
+    worst = float((found - truth).abs().max())
+    spread = float((truth - truth.mean(0)).abs().max())
+    return "" if worst <= TOLERANCE.get(compat.dtype_of(lm), 0.1) * spread else f"log-probabilities differ by {worst:.1e}"
+
+
+def _judged(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """What is compared: a causal LM's log-probabilities [A, V]; a classifier's hidden states over their largest entry [A, D]."""
+    if compat.head_of(model) is None:
+        return hidden.double() / hidden.double().abs().max()
+    return torch.log_softmax(head_function(model)(hidden).double(), -1)
 
 
 def _plain(lm: PreTrainedModel, trial: Pack) -> Tensor:
-    """Log-probabilities [A, V] from one ordinary forward call per sequence, no padding."""
+    """What `_judged` should give, from one ordinary forward call per sequence, no padding."""
     rows = []
     for s, own in enumerate(trial.own.tolist()):
         start, length, parent = int(trial.segments.start[own]), int(trial.segments.length[own]), int(trial.segments.parent[own])
         above = range(int(trial.segments.start[parent]), int(trial.segments.start[parent] + trial.segments.length[parent]))
         text = trial.tokens[list(above) + list(range(start, start + length))]
         actions = int(trial.layout.lengths[s])
-        rows.append(lm(input_ids=text[None], use_cache=False).logits[0, -actions - 1 : -1])
-    return torch.log_softmax(torch.cat(rows).double(), -1)
+        if compat.head_of(lm) is None:
+            rows.append(compat.body_of(lm)(input_ids=text[None], use_cache=False).last_hidden_state[0, -actions - 1 : -1])
+        else:
+            rows.append(lm(input_ids=text[None], use_cache=False).logits[0, -actions - 1 : -1])
+    whole = torch.cat(rows)
+    return _judged(lm, whole) if compat.head_of(lm) is None else torch.log_softmax(whole.double(), -1)
 
 
 def _trial(vocabulary: int) -> Pack:

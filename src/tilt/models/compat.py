@@ -85,8 +85,8 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel:
     return model.base_model
 
 
-def head_of(lm: PreTrainedModel) -> nn.Module:
-    """The layer from hidden states to vocabulary scores."""
+def head_of(lm: PreTrainedModel) -> Any:
+    """The layer from hidden states to vocabulary scores; None for a classifier."""
     return lm.get_output_embeddings()
 
 
@@ -104,8 +104,8 @@ def run_padded(body: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
     return body(input_ids=tokens, use_cache=False, **extra).last_hidden_state
 
 
-def is_local(model: str | Path) -> bool:
-    return Path(model).expanduser().exists()
+def write_config(model: PreTrainedModel, path: Path) -> None:
+    model.config.save_pretrained(path)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
@@ -152,3 +152,20 @@ def write(model: PreTrainedModel, tokenizer: Any, path: Path, weights: dict[str,
     finally:
         use_attention(model, implementation)
     tokenizer.save_pretrained(path)
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Every dropout, layer drop and router jitter of the modules set to zero (the configuration keeps them): a policy is scored as it is sampled."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter")):
+                setattr(module, name, 0.0)
+    return model
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Recompute each layer in the backward pass instead of keeping its activations; it applies in train mode."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()

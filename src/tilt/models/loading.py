@@ -2,37 +2,71 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from tilt.errors import UsageError
-from tilt.models import compat
+from tilt.models import adapters, compat
 from tilt.models.agreement import note, settle
+from tilt.models.policy import RewardModel
 
-__all__ = ["build", "load", "note", "tiny"]
+__all__ = ["build", "load", "load_reward_model", "note", "padded_tokenizer", "tiny"]
 
 
 def load(model: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, Any]:
-    """A causal LM and its tokenizer from a folder or a hub name (from the local cache when offline)."""
+    """A causal LM and its tokenizer from a folder or a hub name (from the local cache when offline); a LoRA folder is merged into its base."""
+    compat.quiet()
+    folder = Path(model).expanduser()
+    adapter = folder if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists() else None
+    name = located(model if adapter is None else adapters.adapter_base(adapter))
+    lm, lacking = reading(name, lambda: compat.read_causal_lm(name, dtype))
+    _complete(name, lacking, "a causal LM", "Is it a classifier or an encoder? Give a causal language model.")
+    if adapter is not None:
+        merged = adapter
+        lm = reading(str(adapter), lambda: adapters.merge_adapter(lm, merged))
+    words = str(adapter) if adapter is not None and (adapter / "tokenizer_config.json").exists() else name
+    return ready(lm.to(device)), _tokenizer(words, lm)
+
+
+def load_reward_model(
+    model: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[RewardModel, Any]:
+    """A sequence classifier with one label, of any architecture, and its own tokenizer."""
     compat.quiet()
     name = located(model)
-    lm, lacking = reading(name, lambda: compat.read_causal_lm(name, dtype))
+    labels = reading(name, lambda: compat.read_config(name)).num_labels
+    classifier, lacking = reading(name, lambda: compat.read_classifier(name, dtype))
+    _complete(
+        name,
+        lacking,
+        "a reward model",
+        f"Its configuration has {labels} labels. Train one with `tilt rm`, or give a sequence classifier with one label.",
+    )
+    return RewardModel(ready(classifier.to(device))), _tokenizer(name, classifier)
+
+
+def _complete(name: str, lacking: list[str], what: str, mend: str) -> None:
+    """Refuse a checkpoint from which weights would be drawn at random."""
     if lacking:
-        raise UsageError(
-            f"model {name}: the checkpoint lacks weights of a causal LM: {_some(lacking)}.\nIs it a classifier or an encoder? Give a causal language model."
-        )
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise UsageError(f"model {name}: the checkpoint lacks weights of {what}: {', '.join(lacking[:3])}{more}.\n{mend}")
+
+
+def _tokenizer(name: str, model: PreTrainedModel) -> Any:
     tokenizer = reading(name, lambda: compat.read_tokenizer(name))
-    rows = lm.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UsageError(
             f"model {name}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows.\nSave the model again after resize_token_embeddings(len(tokenizer))."
         )
     separate_padding(tokenizer, rows)
-    return ready(lm.to(device)), tokenizer
+    return tokenizer
 
 
 def build(config: Any, *, seed: int = 0) -> PreTrainedModel:
@@ -71,41 +105,39 @@ def tiny(
     return build(config, seed=seed)
 
 
-def ready(lm: PreTrainedModel) -> PreTrainedModel:
+def ready(model: PreTrainedModel) -> PreTrainedModel:
     """Dropout off, packed attention where it is exact."""
-    without_dropout(lm).eval()
-    settle(lm)
-    return lm
-
-
-def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Every dropout, layer drop and router jitter of the modules set to zero (the configuration keeps them): a policy is scored as it is sampled."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter")):
-                setattr(module, name, 0.0)
+    compat.without_dropout(model).eval()
+    settle(model)
     return model
 
 
 def separate_padding(tokenizer: Any, rows: int) -> None:
-    """Give the tokenizer a padding token that is not the end token: its unknown token, another special one, or an unused embedding row; none where there is no room.
+    """Give the tokenizer a padding token that is not the end token; none where there is no room among `rows` embeddings.
 
-    Tilt never pads what it trains on; what it saves must not confuse padding with the end.
+    In this order: a token called padding, a reserved one, an unused embedding row, the unknown token. Tilt never pads what it
+    trains on; what it saves must not confuse padding with the end.
     """
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+    end = tokenizer.eos_token_id
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != end:
         return
-    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
-    special = [i for i in [tokenizer.unk_token_id, *tokenizer.all_special_ids, *sorted(tokenizer.added_tokens_decoder)] if i is not None]
-    for i in special:
-        if i not in taken:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(i)
-            return
-    if len(tokenizer) < rows:
+    names = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if i != end and i < rows}
+    called = [n for n in names if "pad" in n.lower()] + [n for n in names if "reserved" in n.lower() or "unused" in n.lower()]
+    if called:
+        tokenizer.pad_token = called[0]
+    elif len(tokenizer) < rows:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        return
-    tokenizer.pad_token = None
+    elif tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in (end, tokenizer.bos_token_id):
+        tokenizer.pad_token = tokenizer.unk_token
+    else:
+        tokenizer.pad_token = None
+
+
+def padded_tokenizer(tokenizer: Any) -> Any:
+    """A copy of the tokenizer with a padding token of its own, for a reward model: one is added where `load` found no room."""
+    words = copy.deepcopy(tokenizer)
+    separate_padding(words, 2**31)
+    return words
 
 
 def located(model: str | Path) -> str:
@@ -123,11 +155,11 @@ def located(model: str | Path) -> str:
     return text
 
 
-def reading(name: str, read: Any) -> Any:
+def reading(name: str, read: Callable[[], Any]) -> Any:
     """What `read` returns; a failure becomes a short error that says where the model was looked for."""
     try:
         return read()
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         if Path(name).is_dir():
             raise UsageError(
                 f"model {name}: cannot be read: {_first_line(error)}\nWrite it again with save_pretrained, or name another folder."
@@ -136,10 +168,6 @@ def reading(name: str, read: Any) -> Any:
             f"model {name}: neither a folder here nor found in the hub's local cache: {_first_line(error)}\n"
             "Check the name; offline, download it first on a machine with network, or give a folder."
         ) from error
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _first_line(error: Exception) -> str:

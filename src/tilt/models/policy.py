@@ -12,6 +12,7 @@ from tilt.data.packing import Pack
 from tilt.distributions import score_actions
 from tilt.errors import UsageError
 from tilt.models import agreement, compat
+from tilt.models.adapters import plain_copy
 from tilt.models.heads import head_function, hidden_states
 from tilt.objectives.experience import Outputs
 
@@ -72,24 +73,29 @@ class RewardModel(nn.Module):
 
     @staticmethod
     def from_policy(policy: Policy, *, padding: int, seed: int = 0) -> RewardModel:
-        """The policy's body, copied, under a fresh score layer, normal with deviation 1/√(D + 1); `padding` is a token id that no text ends with."""
+        """The policy's body, copied, under a fresh score layer, normal with deviation 1/√(D + 1); `padding` is a token id that no text ends with
+        (a new row of the embedding where it lies beyond it). Adapters of the policy are merged in."""
         lm = policy.lm
         config = copy.deepcopy(lm.config)
         config.num_labels = 1
-        config.pad_token_id = padding
+        rows = lm.get_input_embeddings().weight.shape[0]
+        config.pad_token_id = padding if padding < rows else None
         try:
             model = compat.classifier_from_config(config, compat.dtype_of(lm))
         except ValueError as error:
             raise UsageError(
                 f"transformers has no sequence classifier for {type(lm).__name__}.\nChoose another architecture for the reward model."
             ) from error
-        compat.body_of(model).load_state_dict(compat.body_of(lm).state_dict())
+        compat.body_of(model).load_state_dict(plain_copy(compat.body_of(lm)).state_dict())
+        if padding >= rows:
+            model.resize_token_embeddings(padding + 1)
+            model.config.pad_token_id = padding
         generator = torch.Generator().manual_seed(seed)
         width = compat.text_config(lm).hidden_size
         with torch.no_grad():
             score = compat.score_of(model)
             score.weight.copy_(torch.randn(score.weight.shape, generator=generator) / (width + 1) ** 0.5)
-        compat.adopt(model, lm)
+        compat.adopt(compat.without_dropout(model), lm)
         return RewardModel(model.to(compat.device_of(lm)).eval())
 
     @property
@@ -100,6 +106,10 @@ class RewardModel(nn.Module):
         """Score of each sequence, [S]."""
         hidden = hidden_states(self.model, pack)
         return compat.score_of(self.model)(hidden[pack.last_tokens])[:, 0]
+
+    def everywhere(self, pack: Pack) -> Tensor:
+        """Score read after every token, [T]: what `forward` reads at the last token of each sequence."""
+        return compat.score_of(self.model)(hidden_states(self.model, pack))[:, 0]
 
 
 class Critic(nn.Module):
@@ -113,7 +123,7 @@ class Critic(nn.Module):
     @staticmethod
     def from_reward_model(reward_model: RewardModel) -> Critic:
         """Body and score layer copied: at first, the value of a state is the reward model's score of the text so far."""
-        body = copy.deepcopy(compat.body_of(reward_model.model))
+        body = plain_copy(compat.body_of(reward_model.model))
         head = value_layer(body)
         with torch.no_grad():
             head.weight.copy_(compat.score_of(reward_model.model).weight)
@@ -122,7 +132,7 @@ class Critic(nn.Module):
     @staticmethod
     def from_policy(policy: Policy) -> Critic:
         """The policy's body, copied, under a zero layer: at first every value is 0."""
-        body = copy.deepcopy(compat.body_of(policy.lm))
+        body = plain_copy(compat.body_of(policy.lm))
         return Critic(compat.adopt(body, policy.lm), value_layer(body))
 
     def forward(self, pack: Pack) -> tuple[Tensor, Tensor]:

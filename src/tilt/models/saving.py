@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,32 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tilt.errors import UsageError
 from tilt.models import compat
 from tilt.models.adapters import has_adapters, merged_state
 
 
 def save(model: PreTrainedModel, tokenizer: Any, path: str | Path) -> None:
     """Weights (active adapters merged in), config.json, generation_config.json and tokenizer: opens with plain from_pretrained and gives the same logits."""
+    check_tokenizer(model, tokenizer)
     compat.write(model, tokenizer, Path(path), merged_state(model) if has_adapters(model) else None)
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Refuse a tokenizer that AutoTokenizer would open as something else beside this model.
+
+    For some model types (qwen2, phi3, …) transformers ignores the class that the folder names: words would silently become other tokens.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        compat.write_config(model, Path(folder))
+        tokenizer.save_pretrained(folder)
+        opened = compat.read_tokenizer(folder)
+    probes = [" ".join(sorted(tokenizer.get_vocab())[:200]), "Hello, world 12+34=46\nThe end."]
+    if opened.get_vocab() != tokenizer.get_vocab() or any(opened(p)["input_ids"] != tokenizer(p)["input_ids"] for p in probes):
+        raise UsageError(
+            f"a {model.config.model_type} model with this tokenizer cannot be saved: AutoTokenizer opens it as {type(opened).__name__}, which reads text differently.\n"
+            "Choose another model kind (qwen3, llama, gpt2), or the tokenizer of that family."
+        )
 
 
 def fingerprint(module: nn.Module) -> str:
