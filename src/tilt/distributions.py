@@ -54,13 +54,7 @@ def k3(u: Tensor) -> Tensor:
 
 
 def score_actions(
-    hidden: ActionHidden,
-    head: Callable[[Tensor], Tensor],
-    actions: ActionIndex,
-    *,
-    temperature: float,
-    entropy: bool,
-    chunk: int,
+    hidden: ActionHidden, head: Callable[[Tensor], Tensor], actions: ActionIndex, *, temperature: float, entropy: bool, chunk: int
 ) -> tuple[PerAction, PerAction]:
     """Log-probabilities of the actions, and entropies (NaN where not asked for), under softmax(head(hidden) / temperature).
 

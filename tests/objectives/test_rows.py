@@ -114,7 +114,8 @@ def clip(ratio: Tensor, advantage: float, low: float, high: float) -> Tensor:
 
 def token_gains(case: Any, policy: Rows, advantages: list[list[float]], low: float = 0.2, high: float = 0.2) -> Rows:
     return [
-        [clip(torch.exp(policy[i][t] - case.old[i][t]), advantages[i][t], low, high) for t in range(len(policy[i]))] for i in range(len(policy))
+        [clip(torch.exp(policy[i][t] - case.old[i][t]), advantages[i][t], low, high) for t in range(len(policy[i]))]
+        for i in range(len(policy))
     ]
 
 

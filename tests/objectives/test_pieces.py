@@ -1,0 +1,326 @@
+"""Single pieces: clip slopes, generalised advantage estimation, value loss, whitening, refused values, and fixture T."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tilt.objectives as library
+from tilt.errors import UsageError
+from tilt.objectives import (
+    ALGORITHMS,
+    GAE,
+    K1,
+    K2,
+    K3,
+    PIECES,
+    PREFERENCES,
+    CappedScore,
+    Clip,
+    GeometricRatio,
+    GroupRelative,
+    Imitate,
+    Importance,
+    Layout,
+    NoValue,
+    Objective,
+    Outputs,
+    PerBudget,
+    Return,
+    ReturnToGo,
+    Rewards,
+    Score,
+    SequenceAverage,
+    SequenceK3,
+    Signals,
+    SoftGate,
+    TokenAverage,
+    TokenRatio,
+    TwoSided,
+    ValueLoss,
+    batch_metrics,
+)
+
+
+def double(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def slope(surrogate: Any, ratio: float, advantage: float) -> tuple[float, float]:
+    """Value of the gain and its derivative by the ratio."""
+    rho = double(ratio).requires_grad_()
+    gain = surrogate(rho, torch.zeros_like(rho), double(advantage))
+    gain.sum().backward()
+    return gain.item(), rho.grad.item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "derivative"),
+    [(0.5, 1, 0.5, 1), (1, 1, 1, 1), (1.5, 1, 1.2, 0), (0.5, -1, -0.8, 0), (1, -1, -1, -1), (1.5, -1, -1.5, -1)],
+)
+def test_clip_slopes(ratio: float, advantage: float, value: float, derivative: float) -> None:
+    assert slope(Clip(0.2, 0.2), ratio, advantage) == pytest.approx((value, derivative))
+    low, high = Clip(0.2, 0.2).clipped(double(ratio), double(advantage))
+    assert (low | high).item() == (derivative == 0)
+    assert value <= ratio * advantage, "the clipped objective is pessimistic"
+
+
+@pytest.mark.parametrize(("ratio", "derivative"), [(0.5, 0), (1.0, -1), (2.9, -1), (3.1, 0)])
+def test_two_sided_bounds_bad_actions_too(ratio: float, derivative: float) -> None:
+    assert slope(TwoSided(0.2, 0.2, 3.0), ratio, -1) == pytest.approx((max(min(ratio, 3.0), 0.8) * -1, derivative))
+    assert slope(TwoSided(0.2, 0.2, 3.0), ratio, 1) == slope(Clip(0.2, 0.2), ratio, 1)
+    low, high = TwoSided(0.2, 0.2, 3.0).clipped(double(ratio), double(-1))
+    assert (low | high).item() == (derivative == 0)
+
+
+@pytest.mark.parametrize("surrogate", [Importance(), Clip(), Clip(0.2, 0.28), TwoSided(), SoftGate()])
+@pytest.mark.parametrize("advantage", [2.0, -0.7])
+def test_every_gate_has_slope_one_at_ratio_one(surrogate: Any, advantage: float) -> None:
+    assert slope(surrogate, 1.0, advantage)[1] == pytest.approx(advantage)
+
+
+def test_capped_score_keeps_every_gradient() -> None:
+    logprobs = double(-1, -1, -1).requires_grad_()
+    CappedScore(1.28)(double(0.5, 1.2, 4), logprobs, double(1, 1, -2)).sum().backward()
+    assert logprobs.grad.tolist() == pytest.approx([0.5, 1.2, -2.56])
+
+
+@pytest.mark.parametrize(
+    ("gamma", "lam", "expected"),
+    [(1, 0.95, [0.62695, 0.881, 0.38]), (1, 0, [-0.21, 0.52, 0.38]), (1, 1, [0.69, 0.9, 0.38]), (0.9, 0.8, [0.308192, 0.7336, 0.38])],
+)
+def test_gae_numbers(gamma: float, lam: float, expected: list[float]) -> None:
+    credit = GAE(gamma, lam, whitened=False)
+    signals = Signals.of(double(0, 0, 0), values=double(0.3, 0.1, 0.6))
+    rewards = Rewards.of(double(0), double(-0.01, 0.02, 0.98))
+    row = replace(ALGORITHMS["ppo"], credit=credit)
+    experience = row.prepare(rewards, signals, Layout.of([3]))
+    assert experience.advantages.tolist() == pytest.approx(expected, abs=1e-12)
+    assert experience.returns.tolist() == pytest.approx([a + v for a, v in zip(expected, [0.3, 0.1, 0.6], strict=True)], abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gae_is_the_mixture_of_n_step_advantages(seed: int) -> None:
+    """(1 - lam) sum lam^(k-1) A^(k), the last weight lam^(T-t-1), with a value after the end."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths, gamma, lam = [5, 1, 8], 0.9, 0.7
+    layout = Layout.of(lengths)
+    reward, value = torch.randn(14, dtype=torch.float64, generator=generator), torch.randn(14, dtype=torch.float64, generator=generator)
+    final = torch.randn(3, dtype=torch.float64, generator=generator)
+    row = replace(ALGORITHMS["ppo"], credit=GAE(gamma, lam, whitened=False))
+    found = row.prepare(
+        Rewards.of(torch.zeros(3).double(), reward), Signals.of(torch.zeros(14).double(), values=value, final=final), layout
+    )
+    for i, n in enumerate(lengths):
+        r, v = reward[layout.sequence == i].tolist(), value[layout.sequence == i].tolist() + [final[i].item()]
+        for t in range(n):
+            mixture = 0.0
+            for k in range(1, n - t + 1):
+                step = sum(gamma**b * r[t + b] for b in range(k)) + gamma**k * v[t + k] - v[t]
+                mixture += step * (lam ** (k - 1) * (1 - lam) if k < n - t else lam ** (k - 1))
+            assert found.advantages[layout.starts[i] + t].item() == pytest.approx(mixture, abs=1e-12)
+
+
+def test_final_value_of_a_cut_answer_is_its_bootstrap() -> None:
+    """Without a final value the answer ended by itself: V = 0 after it. A final value that was asked for and is NaN is loud."""
+    row, layout = replace(ALGORITHMS["ppo"], credit=GAE(1, 1, whitened=False)), Layout.of([2, 1])
+    rewards, values = Rewards.of(double(1, 0)), double(0.5, 0.25, 0.125)
+    ended = row.prepare(rewards, Signals.of(double(0, 0, 0), values=values), layout)
+    cut = row.prepare(rewards, Signals.of(double(0, 0, 0), values=values, final=double(0, 3)), layout)
+    assert ended.advantages.tolist() == [0.5, 0.75, -0.125]
+    assert cut.advantages.tolist() == [0.5, 0.75, 2.875]
+    loud = row.prepare(rewards, Signals.of(double(0, 0, 0), values=values, sequences=2), layout)
+    assert loud.advantages.isnan().all()
+
+
+def test_clip_reward_clamps_the_score_and_not_the_kl() -> None:
+    signals = Signals.of(double(-1, -1), reference=double(-101, -101), values=double(0, 0))
+    row = replace(ALGORITHMS["ppo"], credit=GAE(1, 1, kl=0.1, clip_reward=5, whitened=False))
+    assert row.prepare(Rewards.of(double(7, -9)), signals, Layout.of([1, 1])).advantages.tolist() == [-5, -15]
+
+
+def test_value_loss_numbers(f: Any) -> None:
+    new, old, returns = double(0.5, 1, -0.2), double(0.1, 0.9, 0.4), double(1, 0.2, 0.3)
+    assert ValueLoss(1, 0.2)(new, old, returns).mean().item() == pytest.approx(0.23)
+    assert ValueLoss(1)(new, old, returns).mean().item() == pytest.approx((0.25 + 0.64 + 0.25) / 6)
+    row = ALGORITHMS["ppo"]
+    metrics = row.metrics(f.outputs(), row.prepare(f.rewards, f.signals, f.layout))
+    assert (metrics["loss/value_avg"][0] / metrics["loss/value_avg"][1]).item() == pytest.approx(0.102342052811, abs=1e-12)
+    assert (metrics["val/clipfrac_avg"][0] / metrics["val/clipfrac_avg"][1]).item() == pytest.approx(0.2)
+
+
+# ------------------------------------------------------------------------------------------------ fixture T
+
+
+def test_fixture_t_corrected_advantages(t: Any) -> None:
+    plain = replace(ALGORITHMS["ppo"], credit=GAE(kl=0.05, whitened=False)).prepare(t.rewards, t.signals, t.layout)
+    expected = double(0.63448125, 0.867875, 0.3925, -0.57072569, -0.37971125, -0.931275, -0.8645, -0.61)
+    torch.testing.assert_close(plain.advantages, expected, rtol=0, atol=5e-9)
+    torch.testing.assert_close(plain.returns, plain.advantages + t.signals.values)
+    white = ALGORITHMS["ppo"].prepare(t.rewards, t.signals, t.layout).advantages
+    expected = double(1.15570379, 1.48579472, 0.81346747, -0.5488315, -0.27867802, -1.05875972, -0.96431922, -0.60437752)
+    torch.testing.assert_close(white, expected, rtol=0, atol=5e-9)
+
+
+def read(metrics: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    return {key: (total / weight).item() for key, (total, weight) in metrics.items()}
+
+
+def test_fixture_t_corrected_metrics(t: Any) -> None:
+    row = replace(ALGORITHMS["ppo"], value=NoValue())
+    outputs, experience = t.outputs(), row.prepare(t.rewards, t.signals, t.layout)
+    found = read(row.metrics(outputs, experience)) | read(batch_metrics(t.rewards, t.signals, t.layout, kl=0.05))
+    expected = {
+        "loss/policy_avg": 0.009604981678, "policy/clipfrac_avg": 0.375, "policy/approxkl_avg": 0.04203125, "val/ratio": 1.008496616064,
+        "objective/kl": 0.125, "objective/entropy": 3.375, "objective/non_score_reward": -0.00625, "objective/scores": 0.25,
+        "objective/rlhf_reward": 0.24375,
+    }  # fmt: skip
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, abs=1e-12), key
+    assert row.loss(outputs, experience).item() == pytest.approx(0.009604981678, abs=1e-12)
+
+
+def test_fixture_t_rloo(t: Any) -> None:
+    row = ALGORITHMS["rloo_clip"]
+    outputs, experience = t.outputs(), row.prepare(t.rewards, t.signals, t.layout)
+    torch.testing.assert_close(experience.returns[t.layout.last], double(0.9975, -0.51))
+    torch.testing.assert_close(experience.advantages[t.layout.last], double(1.5075, -1.5075))
+    ratio = row.ratio(outputs.logprobs, t.signals.old, t.layout)[t.layout.last]
+    torch.testing.assert_close(ratio.detach(), double(1.1618342427, 0.6703200460), rtol=0, atol=5.1e-11)
+    assert row.loss(outputs, experience).item() == pytest.approx(-0.272732560456, abs=1e-12)
+    assert read(row.metrics(outputs, experience))["policy/clipfrac_avg"] == 0.5
+
+
+def test_clip_fraction_and_approxkl_on_fixture_f(f: Any) -> None:
+    def of(name: str) -> dict[str, float]:
+        row = ALGORITHMS[name]
+        return read(row.metrics(f.outputs(), row.prepare(f.rewards, f.signals, f.layout)))
+
+    assert of("grpo")["policy/clipfrac_avg"] == pytest.approx(0.3) and of("grpo")["policy/approxkl_avg"] == pytest.approx(0.03825)
+    assert of("ppo")["policy/clipfrac_avg"] == pytest.approx(0.2)
+    assert of("gspo")["policy/clipfrac_avg"] == pytest.approx(0.5), "of four answers, not of ten actions"
+    ratios = (f.outputs().logprobs - f.signals.old).exp()
+    assert of("grpo")["val/ratio_spread"] == pytest.approx(((ratios - 1) ** 2).mean().item())
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+def test_pieces_hold_every_piece_that_a_row_uses() -> None:
+    for slot in ("credit", "ratio", "surrogate", "average", "penalty", "value"):
+        for row in ALGORITHMS.values():
+            assert type(getattr(row, slot)) in PIECES[slot].values()
+    for slot in ("margin", "link", "regulariser"):
+        for preference in PREFERENCES.values():
+            assert type(getattr(preference, slot)) in PIECES[slot].values()
+
+
+@pytest.mark.parametrize("row", [*ALGORITHMS.values(), *PREFERENCES.values()], ids=[*ALGORITHMS, *PREFERENCES])
+def test_a_row_is_its_own_record(row: Any) -> None:
+    """repr builds it again, it pickles, it compares, it cannot be changed."""
+    names = {name: getattr(library, name) for name in library.__all__} | {"inf": float("inf")}
+    assert eval(repr(row), names) == row
+    assert pickle.loads(pickle.dumps(row)) == row and hash(row) == hash(pickle.loads(pickle.dumps(row)))
+    with pytest.raises(AttributeError):
+        setattr(row, fields(row)[0].name, None)
+
+
+def test_pieces_are_frozen_dataclasses_that_stand_without_arguments() -> None:
+    for names in PIECES.values():
+        for piece in names.values():
+            assert is_dataclass(piece) and piece() == piece()
+
+
+@pytest.mark.parametrize("table", [ALGORITHMS, PREFERENCES, PIECES])
+def test_the_tables_cannot_be_changed(table: Any) -> None:
+    with pytest.raises(TypeError):
+        table["mine"] = 1
+
+
+@pytest.mark.parametrize(
+    ("piece", "keys"),
+    [
+        (Clip, {"low": -0.1}), (TwoSided, {"delta": 1.1}), (CappedScore, {"cap": 0.2}), (SoftGate, {"positive": 0}), (PerBudget, {"length": 0}),
+        (GAE, {"lam": 1.5}), (GAE, {"kl": -1}), (GAE, {"clip_reward": float("nan")}), (ReturnToGo, {"gamma": -0.1}), (GroupRelative, {"eps": -1}),
+        (ValueLoss, {"coefficient": 0}), (ValueLoss, {"clip": -1}), (K1, {"beta": -1}), (K2, {"beta": -1}), (K3, {"beta": -1}),
+        (SequenceK3, {"beta": -1}), (library.Logistic, {"smoothing": 1.1}), (library.ImplicitReward, {"beta": 0}), (library.Centring, {"coefficient": -1}),
+    ],
+)  # fmt: skip
+def test_impossible_numbers_are_refused_by_name(piece: Any, keys: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=next(iter(keys))):
+        piece(**keys)
+
+
+def test_passes() -> None:
+    one = {name for name, row in ALGORITHMS.items() if row.passes == 1}
+    assert one == {"reinforce", "reinforce_rtg", "reinforce_baseline", "rloo", "cispo"}
+    assert all(ALGORITHMS[name].passes is None for name in set(ALGORITHMS) - one)
+
+
+def test_needs() -> None:
+    needs = {name: "".join(sorted(x[0] for x in row.needs)) for name, row in ALGORITHMS.items()}
+    assert {k for k, v in needs.items() if v == ""} == {"sft", "raft", "reinforce", "reinforce_rtg"}
+    assert {k for k, v in needs.items() if "v" in v} == {"reinforce_baseline", "ppo"}
+    assert {k for k, v in needs.items() if "r" in v} == {
+        "rloo",
+        "rloo_clip",
+        "ppo",
+        "reinforce_pp",
+        "reinforce_pp_baseline",
+        "grpo",
+        "grpo_r1",
+    }
+    assert ALGORITHMS["grpo"].credit.needs == frozenset() and ALGORITHMS["ppo"].credit.needs == {"old", "reference", "values"}
+
+
+def test_check_says_what_cannot_run() -> None:
+    assert ALGORITHMS["grpo"].check(samples=8, passes=4) == [] == ALGORITHMS["sft"].check(samples=1, passes=9)
+    assert "samples=1" in ALGORITHMS["grpo"].check(samples=1, passes=1)[0] and "samples=1" in ALGORITHMS["rloo"].check(1, 1)[0]
+    assert "samples=1" in ALGORITHMS["raft"].check(1, 1)[0]
+    assert "passes=2" in ALGORITHMS["cispo"].check(samples=8, passes=2)[0]
+    assert len(ALGORITHMS["rloo"].check(samples=1, passes=2)) == 2
+    assert "nothing trains" in replace(ALGORITHMS["ppo"], value=NoValue()).check(8, 1)[0]
+    assert "never reads" in replace(ALGORITHMS["grpo"], value=ValueLoss()).check(8, 1)[0]
+
+
+def test_gspo_with_the_token_average_is_labelled() -> None:
+    assert ALGORITHMS["gspo"].notes() == []
+    assert "not GSPO" in replace(ALGORITHMS["gspo"], average=TokenAverage()).notes()[0]
+
+
+def test_a_surrogate_of_your_own(f: Any) -> None:
+    """A frozen dataclass with __call__ is a piece."""
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Cubic:
+        power: float = 3.0
+
+        def __call__(self, ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
+            return advantages * ratio**self.power
+
+    row = Objective(GroupRelative(), TokenRatio(), Cubic(2.0), SequenceAverage())
+    outputs, experience = f.outputs(), row.prepare(f.rewards, f.signals, f.layout)
+    row.loss(outputs, experience).backward()
+    assert row.passes is None and outputs.logprobs.grad.abs().sum() > 0 and "policy/clipfrac_avg" in row.metrics(outputs, experience)
+    assert "Cubic" in library.card(row)
+
+
+def test_raft_keeps_the_first_best_answer(f: Any) -> None:
+    layout = Layout.of([1, 2, 1, 1], [0, 0, 0, 1])
+    rewards = Rewards.of(double(1, 2, 2, -5))
+    experience = ALGORITHMS["raft"].prepare(rewards, Signals.of(torch.zeros(5).double()), layout)
+    assert experience.weights.tolist() == pytest.approx([0, 1 / 3, 1 / 3, 0, 1 / 3])
+    assert Imitate("best").compares and not Return().compares and Score().passes == 1 and GeometricRatio().per_sequence
+
+
+def test_outputs_without_values_are_enough_for_rows_without_a_critic(f: Any) -> None:
+    row = ALGORITHMS["grpo"]
+    loss = row.loss(Outputs.of(f.outputs().logprobs), row.prepare(f.rewards, f.signals, f.layout))
+    assert loss.isfinite()
