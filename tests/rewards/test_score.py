@@ -148,6 +148,17 @@ def test_every_rule_has_a_name_and_no_setting_that_is_common() -> None:
         assert not COMMON.keys() & {f.name for f in fields(rule)}
 
 
+def test_python_functions_and_rules_stand_for_themselves() -> None:
+    def size(completions: list[str]) -> list[float]:
+        return [float(len(c)) for c in completions]
+
+    scorer = build([size, {"function": size, "weight": 2, "name": "twice"}, Numeric("gold")])
+    rewards = scorer([rollout(0, gold="7")], [Text("p", "7")])
+    assert list(rewards.parts) == ["size", "twice", "numeric"] and rewards.total.tolist() == [4.0]
+    with pytest.raises(UsageError, match="two parts named `size`"):
+        build([size, size])
+
+
 def test_a_model_needs_a_loader() -> None:
     with pytest.raises(UsageError, match="cannot be loaded here"):
         build({"model": "runs/rm"})

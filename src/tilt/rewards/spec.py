@@ -27,6 +27,13 @@ class Function:
 
 
 @dataclass(frozen=True)
+class Given:
+    """A Python function that the caller holds in hand."""
+
+    call: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Model:
     """A reward model: a folder, or a hub name."""
 
@@ -34,7 +41,7 @@ class Model:
     budget: int = 16384
 
 
-Source = Rule | Function | Model
+Source = Rule | Function | Given | Model
 KINDS: Mapping[str, type] = {**RULES, "function": Function, "model": Model}
 COMMON: Mapping[str, str] = {"weight": "a finite number", "name": "text", "timeout": "seconds above 0", "on_error": "raise, zero or skip"}
 EXAMPLES = "`rewards.py:score`, `{numeric: {answer: answer}}`, `{model: runs/rm/final, weight: 0.5}`, or a list of these"
@@ -52,7 +59,7 @@ class RewardSpec:
 
 
 def parse(value: Any, where: str = "reward") -> tuple[RewardSpec, ...]:
-    """`file.py:func` | a rule's name | `{numeric: {answer: gold, weight: 2}}` | `{model: path, weight: 1}` | a list of them → specs with unique names."""
+    """`file.py:func` | a Python function | a rule or its name | `{numeric: {answer: gold, weight: 2}}` | `{model: path, weight: 1}` | a list of them → specs with unique names."""
     if isinstance(value, list | tuple):
         if not value:
             raise UsageError(f"`{where}` is an empty list: expected {EXAMPLES}")
@@ -75,6 +82,10 @@ def parse(value: Any, where: str = "reward") -> tuple[RewardSpec, ...]:
 def _entry(value: Any, where: str) -> RewardSpec:
     if isinstance(value, RewardSpec):
         return value
+    if isinstance(value, tuple(RULES.values())):
+        return RewardSpec(value.name, value)
+    if callable(value):
+        value = {"function": value}
     if isinstance(value, str):
         value = {value: {}} if value in KINDS else {"function": value}
     if not isinstance(value, Mapping):
@@ -86,9 +97,12 @@ def _entry(value: Any, where: str) -> RewardSpec:
     if len(kinds) != 1:
         raise UsageError(f"`{where}` names {' and '.join(kinds) or 'no reward'}: give exactly one of {', '.join(KINDS)}")
     kind = kinds[0]
-    settings = (
-        value[kind] if isinstance(value[kind], Mapping) else {fields(KINDS[kind])[0].name: value[kind]} if value[kind] is not None else {}
-    )
+    if kind == "function" and callable(value[kind]):
+        given = Given(value[kind])
+        return RewardSpec(source=given, **_common({k: v for k, v in value.items() if k in COMMON}, _name(given), where))
+    settings = {} if value[kind] is None else value[kind]
+    if not isinstance(settings, Mapping):
+        settings = {fields(KINDS[kind])[0].name: settings}  # {length: 64} is {length: {high: 64}}
     inner = {key: item for key, item in settings.items() if key in COMMON and key not in {f.name for f in fields(KINDS[kind])}}
     outer = {key: item for key, item in value.items() if key in COMMON}
     if both := inner.keys() & outer.keys():
@@ -119,6 +133,8 @@ def _name(source: Source) -> str:
     """The name of a part that was given none: the function's, the rule's, or `model`."""
     if isinstance(source, Function):
         return source.file.rpartition(":")[2]
+    if isinstance(source, Given):
+        return getattr(source.call, "__name__", type(source.call).__name__)
     return "model" if isinstance(source, Model) else source.name
 
 
@@ -133,6 +149,8 @@ def function_of(spec: RewardSpec, base: Path = Path()) -> RewardFunction:
     """A rule or a function, ready to be called; the file of an isolated one is run in its worker only."""
     source = spec.source
     assert not isinstance(source, Model), "a reward model is loaded by the recipe"
+    if isinstance(source, Given):
+        return RewardFunction(spec.name, source.call, spec.timeout, spec.on_error)
     if not isinstance(source, Function):
         return RewardFunction(spec.name, source, spec.timeout, spec.on_error)
     if not source.isolate:

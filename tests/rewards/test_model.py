@@ -1,0 +1,93 @@
+"""Reward models as rewards: the same scores whatever the batch, frozen, under their own tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tilt.data.packing import pack
+from tilt.data.rendering import renderer
+from tilt.data.rollouts import Prompt, Rollout, Sampling
+from tilt.data.tokenizers import characters, train_bpe
+from tilt.errors import NumericError
+from tilt.models.loading import tiny
+from tilt.models.policy import Policy, RewardModel
+from tilt.models.saving import fingerprint
+from tilt.rewards import ModelReward, Rerendered, Text, build, own_tokens, same_tokenizer
+
+WORDS = "good day to you, and a fine one it is. what a bad day! go away now."
+PAIRS = [("good day", " to you"), ("good day", " go away now."), ("what", " a fine one"), ("a", "!"), ("good day", " and a bad one")]
+
+
+def model(tokenizer: object, seed: int = 0) -> RewardModel:
+    policy = Policy(tiny("qwen3", vocabulary=len(tokenizer), width=32, layers=2, heads=4, seed=seed))  # type: ignore[arg-type]
+    return RewardModel.from_policy(policy, padding=len(tokenizer) - 1, seed=seed)  # type: ignore[arg-type]
+
+
+def sampled(tokenizer: object, stops: tuple[str, ...] = ("stop",) * 5) -> list[Rollout]:
+    """The pairs as a policy with this tokenizer would have sampled them."""
+    plain = renderer(tokenizer, "text")
+    found = []
+    for (asked, said), stop in zip(PAIRS, stops, strict=True):
+        prompt = plain.prompt({"prompt": asked, "mood": "any"}, [p for p, _ in PAIRS].index(asked))
+        tokens = tuple(plain.demonstration({"prompt": asked, "completion": said}, 0).tokens)
+        kept = tokens if stop == "stop" else tokens[:-1]
+        found.append(Rollout(prompt, kept, (True,) * len(kept), (-1.0,) * len(kept), stop, Sampling()))  # type: ignore[arg-type]
+    return found
+
+
+TEXTS = [Text(a, c) for a, c in PAIRS]
+
+
+@pytest.mark.parametrize("budget", [1, 16, 24, 10_000])
+def test_scores_do_not_depend_on_the_budget(budget: int) -> None:
+    tokenizer = characters(WORDS)
+    rollouts = sampled(tokenizer)
+    reward_model = model(tokenizer)
+    alone = [float(reward_model(pack([r]))[0].detach()) for r in rollouts]
+    scored = ModelReward("rm", reward_model, own_tokens, budget)(rollouts, TEXTS)
+    assert scored.values == pytest.approx(alone, abs=1e-5)
+    assert len({round(v, 6) for v in alone}) == 5, "five answers, five scores"
+
+
+def test_the_reward_model_never_changes() -> None:
+    tokenizer = characters(WORDS)
+    reward_model = model(tokenizer)
+    before = fingerprint(reward_model)
+    scorer = build({"model": "rm", "weight": 2.0}, load_model=lambda spec: ModelReward(spec.name, reward_model))
+    rewards = scorer(sampled(tokenizer), TEXTS)
+    assert not rewards.total.requires_grad and fingerprint(reward_model) == before
+    assert not any(p.requires_grad for p in reward_model.parameters()) and not reward_model.training
+    assert rewards.total.tolist() == pytest.approx([2 * v for v in rewards.parts["model"].tolist()])
+    assert ModelReward("rm", reward_model)([], []).values == []
+
+
+def test_another_tokenizer_reads_the_text_again() -> None:
+    mine, theirs = characters(WORDS), train_bpe([WORDS] * 20, 300)
+    assert not same_tokenizer(mine, theirs) and same_tokenizer(mine, characters(WORDS))
+    plain = renderer(theirs, "text")
+    reread = Rerendered(plain)
+    stops = ("stop", "length", "abort", "stop", "length")
+    for rollout, text, stop in zip(sampled(mine, stops), TEXTS, stops, strict=True):
+        told = reread(rollout, text)
+        expected = plain.demonstration({"prompt": text.prompt, "completion": text.completion}, 0)
+        assert told.prompt.tokens == expected.prompt.tokens and told.prompt.id == rollout.prompt.id
+        assert told.tokens == (expected.tokens if stop == "stop" else expected.tokens[:-1])
+    reward_model = model(theirs)
+    wanted = [float(reward_model(pack([reread(r, t)]))[0].detach()) for r, t in zip(sampled(mine), TEXTS, strict=True)]
+    assert ModelReward("rm", reward_model, reread)(sampled(mine), TEXTS).values == pytest.approx(wanted, abs=1e-5)
+
+
+def test_an_empty_answer_that_was_cut_keeps_one_token() -> None:
+    reread = Rerendered(renderer(characters(WORDS), "text"))
+    cut = Rollout(Prompt((1,), 0, {"prompt": "a"}), (2,), (True,), (0.0,), "length", Sampling())
+    assert len(reread(cut, Text("a", "")).tokens) == 1
+
+
+def test_a_score_that_is_not_finite_names_the_sample() -> None:
+    tokenizer = characters(WORDS)
+    reward_model = model(tokenizer)
+    with torch.no_grad():
+        next(reward_model.parameters()).fill_(float("nan"))
+    with pytest.raises(NumericError, match="the reward model rm scored sample 0 as nan"):
+        ModelReward("rm", reward_model)(sampled(tokenizer), TEXTS)
