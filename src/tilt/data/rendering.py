@@ -143,7 +143,8 @@ class Renderer:
     def _watch(self, said: str | Sequence[Message]) -> None:
         """Count texts that spell a control token: it acts as one."""
         texts = [said] if isinstance(said, str) else [turn["content"] for turn in said]
-        self.report["texts that spell a control token"] += sum(bool(self._control.search(text)) for text in texts)
+        for _ in filter(self._control.search, texts):
+            self.report["texts that spell a control token"] += 1
 
     @cached_property
     def _start(self) -> tuple[int, ...]:
