@@ -1,0 +1,129 @@
+"""docs/algorithms.md, the glossary and the objective cards say what the code does."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tilt.objectives import ALGORITHMS, GLOSSARY, PIECES, PREFERENCES, Outputs, Pairs, batch_metrics, card
+from tilt.objectives.card import WORDS, name_of, unbiased_for, words
+
+PAGE = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+LINES = PAGE.splitlines()
+SLOTS = ("credit", "ratio", "surrogate", "average", "penalty", "value")
+
+
+def cell(slot: str, piece: Any) -> str:
+    """A piece as configuration spells it, with what differs from its defaults: clip(high=0.28)."""
+    name = next(name for name, kind in PIECES[slot].items() if kind is type(piece))
+    plain = type(piece)()
+    changed = [f"{f.name}={getattr(piece, f.name)}" for f in fields(piece) if getattr(piece, f.name) != getattr(plain, f.name)]
+    return f"{name}({', '.join(changed)})" if changed else name
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_page_shows_the_row(name: str) -> None:
+    row = ALGORITHMS[name]
+    cells = [cell(slot, getattr(row, slot)) for slot in SLOTS] + ["any" if row.passes is None else str(row.passes)]
+    assert any(line.startswith(f"| `{name}` | " + " | ".join(cells) + " | ") for line in LINES), (
+        f"| `{name}` | " + " | ".join(cells) + " | "
+    )
+    assert f"- `{name}`: {unbiased_for(row)}" in LINES, f"- `{name}`: {unbiased_for(row)}"
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_the_page_shows_the_preference_row(name: str) -> None:
+    row = PREFERENCES[name]
+    cells = [cell(slot, getattr(row, slot)) for slot in ("margin", "link", "regulariser")]
+    assert any(line.startswith(f"| `{name}` | " + " | ".join(cells) + " | ") for line in LINES)
+
+
+def test_the_page_shows_no_row_that_does_not_exist() -> None:
+    named = [m.group(1) for line in LINES if (m := re.match(r"\| `(\w+)` \| ", line))]
+    assert sorted(named) == sorted([*ALGORITHMS, *PREFERENCES])
+
+
+def test_the_page_shows_every_piece_with_its_formula() -> None:
+    for slot, names in PIECES.items():
+        for name, kind in names.items():
+            line = f"| {slot} | `{name}` | `{words(kind())}` |"
+            assert line in LINES, line
+    assert sum(line.startswith(tuple(f"| {slot} | `" for slot in PIECES)) for line in LINES) == sum(len(x) for x in PIECES.values())
+
+
+def test_the_page_holds_the_glossary() -> None:
+    listed = [line for line in LINES[LINES.index("## Glossary") :] if line.startswith("- `")]
+    assert listed == [f"- `{key}`: {text}" for key, text in GLOSSARY.items()]
+
+
+def test_every_metric_is_in_the_glossary(f: Any) -> None:
+    found = set(batch_metrics(f.rewards, f.signals, f.layout, kl=0.05))
+    for row in ALGORITHMS.values():
+        found |= set(row.metrics(f.outputs(), row.prepare(f.rewards, f.signals, f.layout)))
+    for preference in PREFERENCES.values():
+        found |= set(preference.metrics(Pairs.of(torch.zeros(2), torch.ones(2))))
+    assert found <= set(GLOSSARY), found - set(GLOSSARY)
+    learner = [
+        "loss",
+        "grad_norm",
+        "lr",
+        "kl",
+        "entropy",
+        "length/mean",
+        "length/truncated",
+        "time/generate",
+        "time/reward",
+        "time/evaluate",
+        "time/update",
+        "time/publish",
+    ]
+    assert set(learner) | {
+        "tokens_per_second",
+        "skipped",
+        "groups/zero_variance",
+        "sampler/logprob_gap_mean",
+        "sampler/logprob_gap_max",
+    } <= set(GLOSSARY)
+
+
+@pytest.mark.parametrize("row", [*ALGORITHMS.values(), *PREFERENCES.values()], ids=[*ALGORITHMS, *PREFERENCES])
+def test_card_says_what_the_row_computes(row: Any) -> None:
+    text = card(row)
+    assert text.splitlines()[0] == name_of(row) != "custom" and "PROBLEM" not in text
+    for f in fields(row):
+        assert type(getattr(row, f.name)) in WORDS and words(getattr(row, f.name)) in text
+
+
+def test_card_counts_models_and_shows_run_numbers() -> None:
+    held = {name: re.search(r"models held +(\d)", card(row)).group(1) for name, row in {**ALGORITHMS, **PREFERENCES}.items()}
+    assert {k: held[k] for k in ("ppo", "rloo", "grpo", "dpo", "sft")} == {"ppo": "4", "rloo": "3", "grpo": "3", "dpo": "2", "sft": "1"}
+    text = card(ALGORITHMS["grpo"], samples=1, prompts=64)
+    assert "samples 1, prompts 64" in text and "PROBLEM" in text and "divisor n - 1" in text and "KL(reference || policy)" in text
+
+
+def test_metrics_of_nothing_asked_weigh_nothing(f: Any) -> None:
+    """A signal that is NaN gives a pair of weight 0, not a NaN; unscored answers are in no mean of rewards."""
+    nan = torch.full((10,), float("nan"), dtype=torch.float64)
+    found = batch_metrics(f.rewards, type(f.signals).of(nan), f.layout, kl=0.0)
+    assert found["objective/kl"] == (0, 0) and found["objective/entropy"] == (0, 0) and found["objective/scores"][1] == 4
+    row = ALGORITHMS["sft"]
+    outputs = Outputs.of(f.outputs().logprobs)
+    assert row.metrics(outputs, row.prepare(f.rewards, f.signals, f.layout))["policy/entropy_avg"] == (0, 0)
+
+
+def test_batch_metrics_leave_out_unscored_answers(f: Any) -> None:
+    from tilt.objectives import Rewards
+
+    total = torch.tensor([1.0, float("nan"), 1.0, 3.0], dtype=torch.float64)
+    rewards = Rewards.of(total, scored=~total.isnan(), parts={"exact": total})
+    layout = type(f.layout).of([3, 2, 4, 1], [0, 0, 0, 1])
+    found = {k: (a / b).item() for k, (a, b) in batch_metrics(rewards, f.signals, layout, kl=0.05).items()}
+    assert found["objective/scores"] == pytest.approx(5 / 3) and found["reward/exact"] == pytest.approx(5 / 3)
+    assert found["objective/scores_std"] == pytest.approx((8 / 9) ** 0.5) == found["reward/exact_std"]
+    assert found["objective/unscored"] == 0.25 and found["length/mean"] == 2.5
+    assert found["groups/zero_variance"] == 1, "of the one group with two scored answers; a group of one is not counted"
