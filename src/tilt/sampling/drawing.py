@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tilt.data.rollouts import Sampling
+
+SCORES = 2**23  # vocabulary scores in memory at once: rows are drawn in parts of so many
+
+
+def choose(head: Callable[[Tensor], Tensor], hidden: Tensor, vocabulary: int, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The next token of each row from hidden states [rows, D], and its log-probability, a part of the rows at a time where the vocabulary is large."""
+    rows = max(1, SCORES // vocabulary)
+    if len(hidden) <= rows:
+        return draw(head(hidden), uniforms, sampling)
+    parts = [draw(head(h), u, sampling) for h, u in zip(hidden.split(rows), uniforms.split(rows), strict=True)]
+    return torch.cat([tokens for tokens, _ in parts]), torch.cat([logprobs for _, logprobs in parts])
 
 
 def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -34,7 +47,7 @@ def invert(cumulative: Tensor, uniforms: Tensor) -> Tensor:
 
 def truncate(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
     """Log-probabilities with -inf outside the top_k most likely tokens, and then outside the smallest set of those that holds top_p of their mass."""
-    order = logprobs.sort(-1, descending=True, stable=True)
+    order = torch.sort(logprobs, dim=-1, descending=True, stable=True)
     best = order.values
     if 0 < top_k < best.shape[1]:
         best = best.masked_fill(torch.arange(best.shape[1], device=best.device) >= top_k, -torch.inf)

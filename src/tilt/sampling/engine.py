@@ -17,7 +17,7 @@ from tilt.data.rollouts import Sampling
 from tilt.errors import NumericError
 from tilt.models.heads import head_function
 from tilt.sampling.cache import Ints
-from tilt.sampling.drawing import draw
+from tilt.sampling.drawing import choose
 from tilt.sampling.forward import PREFILL_TOKENS, Forward, forward_of
 from tilt.sampling.randomness import Keys, uniforms
 from tilt.sampling.stopping import Stops
@@ -52,7 +52,7 @@ def generate(lm: PreTrainedModel, requests: Sequence[Request], sampling: Samplin
             hidden += queue.enter(forward)
             together = torch.cat(hidden)
             chances = torch.from_numpy(uniforms(queue.keys[queue.active], queue.position)).to(together.device)
-            tokens, logprobs = draw(head(together), chances, sampling)
+            tokens, logprobs = choose(head, together, len(stops.ends), chances, sampling)
             ended = queue.record(tokens.cpu().numpy(), logprobs.double().cpu().numpy(), stops)
             queue.leave(forward, ended)
     return queue.results()

@@ -22,7 +22,9 @@ class Sampler:
     """Samples answers from a model in this process. `version` counts the weights published to it."""
 
     def __init__(self, lm: PreTrainedModel, tokenizer: Any, sampling: Sampling, *, seed: int = 0, slots: int = 256) -> None:
-        check(sampling, training=True)
+        check(sampling, vocabulary_of(lm), training=True)
+        if slots < 1:
+            raise UsageError(f"slots is {slots}: the engine needs at least one row.")
         self.lm, self.tokenizer, self.sampling, self.seed, self.slots, self.version = lm, tokenizer, sampling, seed, slots, 0
 
     def sample(self, prompts: Sequence[Prompt], samples: int, *, step: int, stream: str = "train") -> list[Rollout]:
@@ -32,7 +34,7 @@ class Sampler:
     def evaluate(self, prompts: Sequence[Prompt], samples: int, *, step: int, sampling: Sampling | None = None, stream: str = "eval") -> list[Rollout]:
         """The same on randomness of its own and under any settings, greedy and truncated ones included; training is not disturbed."""
         settings = self.sampling if sampling is None else sampling
-        check(settings, training=False)
+        check(settings, vocabulary_of(self.lm), training=False)
         return self._rollouts(prompts, samples, settings, step, stream)
 
     def load(self, policy: nn.Module) -> None:
@@ -41,6 +43,8 @@ class Sampler:
         self.version += 1
 
     def _rollouts(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, step: int, stream: str) -> list[Rollout]:
+        if samples < 1 or not prompts:
+            return []
         context = getattr(compat.text_config(self.lm), "max_position_embeddings", None) or 2**31
         refuse_long(prompts, context)
         ids = [prompt.id for prompt in prompts for _ in range(samples)]
@@ -48,7 +52,7 @@ class Sampler:
         requests = [
             Request(np.array(prompt.tokens, dtype=np.int64), key[i], min(sampling.max_tokens, context - len(prompt.tokens))) for i, prompt in enumerate(prompts)
         ]
-        stops = Stops(compat.head_of(self.lm).weight.shape[0], sampling.stop_ids, sampling.stop_strings, self._decode)
+        stops = Stops(vocabulary_of(self.lm), sampling.stop_ids, sampling.stop_strings, self._decode)
         found = generate(self.lm, requests, sampling, stops, self.slots)
         return [
             Rollout(prompt, a.tokens, (True,) * len(a.tokens), a.logprobs, a.stop, sampling, self.version, (self.seed, step, prompt.id, number))
@@ -60,12 +64,17 @@ class Sampler:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def vocabulary_of(lm: PreTrainedModel) -> int:
+    """How many tokens the model scores; a tokenizer may know fewer."""
+    return int(compat.head_of(lm).weight.shape[0])
+
+
 def greedy(sampling: Sampling) -> Sampling:
     """The same settings with the most likely token taken each time."""
     return replace(sampling, temperature=0.0, top_k=0, top_p=1.0)
 
 
-def check(sampling: Sampling, *, training: bool) -> None:
+def check(sampling: Sampling, vocabulary: int, *, training: bool) -> None:
     """Refuse settings that make no distribution, and in training those whose distribution the learner cannot score."""
     wrong = []
     if not sampling.temperature >= 0 or sampling.temperature == float("inf"):
@@ -76,6 +85,11 @@ def check(sampling: Sampling, *, training: bool) -> None:
         wrong.append(f"top_k is {sampling.top_k}: it must be at least 1, or 0 for all tokens")
     if not 0 < sampling.top_p <= 1:
         wrong.append(f"top_p is {sampling.top_p}: it must be above 0 and at most 1")
+    strange = [i for i in sampling.stop_ids if not 0 <= i < vocabulary]
+    if strange:
+        wrong.append(f"stop_ids has {strange[0]}, and the vocabulary ends at {vocabulary - 1}")
+    if "" in sampling.stop_strings:
+        wrong.append("stop_strings has an empty string, which every text contains")
     if training and sampling.truncated and not wrong:
         asked = "temperature 0" if sampling.temperature == 0 else f"top_k {sampling.top_k}" if sampling.top_k else f"top_p {sampling.top_p}"
         wrong.append(f"{asked} in a training rollout: the policy would be scored under another distribution than it was sampled from.\nUse temperature > 0 with top_k 0 and top_p 1 for training; truncate in evaluation only")

@@ -1,0 +1,90 @@
+"""The inverse of the cumulative distribution, and truncation, against loops."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tilt.data.rollouts import Sampling
+from tilt.sampling import drawing
+from tilt.sampling.drawing import draw, invert, truncate
+
+
+def rows(number: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(number, vocabulary, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 1.7])
+def test_draw_equals_a_loop_over_the_cumulative_sum(temperature: float) -> None:
+    logits, u = rows(200, 11), torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tokens, logprobs = draw(logits, u, Sampling(temperature))
+    for i in range(200):
+        weights = [math.exp(x / temperature) for x in logits[i].tolist()]
+        total, token = weights[0], 0
+        while total <= u[i] * sum(weights):
+            token += 1
+            total += weights[token]
+        assert int(tokens[i]) == token
+        assert abs(float(logprobs[i]) - math.log(weights[token] / sum(weights))) < 1e-12
+
+
+def test_probability_zero_is_never_drawn() -> None:
+    """At u = 0 and at the largest u, with impossible tokens first and last."""
+    cumulative = torch.tensor([[0.0, 0.0, 0.25, 0.25, 1.0000001, 1.0000001]], dtype=torch.float64).repeat(4, 1)
+    assert invert(cumulative, torch.tensor([0.0, 0.2499, 0.25, 1 - 2.0**-52], dtype=torch.float64)).tolist() == [2, 2, 4, 4]
+
+
+def test_a_large_vocabulary_keeps_its_rare_tokens() -> None:
+    """100,000 equal tokens in float32: every uniform lands on its own token, give or take one."""
+    u = torch.linspace(0, 0.99999, 40, dtype=torch.float64)
+    tokens, _ = draw(torch.zeros(40, 100_000), u, Sampling())
+    assert (tokens - (u * 100_000).long()).abs().max() <= 1
+
+
+def test_rows_drawn_in_parts_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, u = rows(23, 11), torch.rand(23, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    whole = drawing.choose(lambda h: h, hidden, 11, u, Sampling())
+    monkeypatch.setattr(drawing, "SCORES", 50)
+    parts = drawing.choose(lambda h: h, hidden, 11, u, Sampling())
+    assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
+
+
+def test_greedy_takes_the_likeliest_and_reports_it_at_temperature_one() -> None:
+    logits = rows(50, 9)
+    tokens, logprobs = draw(logits, torch.zeros(50, dtype=torch.float64), Sampling(temperature=0.0))
+    assert torch.equal(tokens, logits.argmax(-1))
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1).max(-1).values)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (3, 1.0), (0, 0.7), (4, 0.5), (0, 1e-9), (50, 0.999999)])
+def test_truncation_keeps_the_smallest_set(top_k: int, top_p: float) -> None:
+    """Against sorting in Python; draws stay inside the set, in proportion, and log-probabilities remain those of the whole distribution."""
+    logits = rows(30, 12, seed=3)
+    kept = truncate(logits.log_softmax(-1), top_k, top_p)
+    for i in range(30):
+        probs = logits[i].softmax(-1).tolist()
+        order = sorted(range(12), key=lambda t: -probs[t])[: top_k or None]
+        mass, chosen = 0.0, []
+        for token in order:
+            if mass >= top_p * sum(probs[t] for t in order):
+                break
+            chosen.append(token)
+            mass += probs[token]
+        assert sorted(chosen) == torch.isfinite(kept[i]).nonzero()[:, 0].tolist()
+    u = torch.rand(30, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    tokens, logprobs = draw(logits, u, Sampling(top_k=top_k, top_p=top_p))
+    assert torch.isfinite(kept.gather(1, tokens[:, None])).all()
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+    narrowed, _ = draw(kept, u, Sampling())
+    assert torch.equal(tokens, narrowed)
+
+
+def test_scores_that_are_not_finite_are_passed_on() -> None:
+    logits = torch.zeros(2, 4)
+    logits[1, 2] = float("nan")
+    tokens, logprobs = draw(logits, torch.tensor([0.5, 0.5], dtype=torch.float64), Sampling())
+    assert np.isfinite(float(logprobs[0])) and not np.isfinite(float(logprobs[1]))
+    assert int(tokens.max()) < 4
