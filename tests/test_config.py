@@ -33,8 +33,8 @@ class Config(Section):
     model: str | Model = "tiny"
     optimizer: Optimizer = Optimizer(learning_rate=5e-5)
     files: tuple[Path, ...] = ()
-    weights: dict[str, float] = {}
-    objective: dict[str, Any] = {}
+    weights: dict[str, float] = {}  # noqa: RUF012
+    objective: dict[str, Any] = {}  # noqa: RUF012
     kind: Literal["full", "lora"] = "full"
     shuffle: bool = True
     steps: Annotated[int, Field(ge=1, le=1000)] = 10
@@ -87,7 +87,12 @@ def test_later_wins_and_mappings_merge(tmp_path: Path) -> None:
     second = write(tmp_path / "b.toml", 'steps = 20\nfiles = ["z"]\n[optimizer]\nlearning_rate = 2\n')
     config = load([first, second], ["steps=30", "--optimizer.betas", "[0.1, 0.2]", "--shuffle=false", "weights.exact=1"], Config)
     assert config == Config(
-        name="a", optimizer=Optimizer(clip=2.0, learning_rate=2.0, betas=(0.1, 0.2)), files=(Path("z"),), steps=30, shuffle=False, weights={"exact": 1.0}
+        name="a",
+        optimizer=Optimizer(clip=2.0, learning_rate=2.0, betas=(0.1, 0.2)),
+        files=(Path("z"),),
+        steps=30,
+        shuffle=False,
+        weights={"exact": 1.0},
     )
 
 
@@ -249,7 +254,7 @@ def test_the_recipe_of_a_file_must_be_the_one_that_runs(tmp_path: Path) -> None:
 
     Bare.__module__ = "tilt.recipes.bare"
     assert load([write(tmp_path / "a.yaml", "recipe: bare\nsteps: 2\n")], [], Bare).steps == 2
-    with pytest.raises(UsageError, match="`recipe` is 'sft'.*but this is the recipe `bare`"):
+    with pytest.raises(UsageError, match=r"`recipe` is 'sft'.*but this is the recipe `bare`"):
         load([write(tmp_path / "b.yaml", "recipe: sft\n")], [], Bare)
     assert yaml.safe_load(dump(Bare())) == {"steps": 1}
 
@@ -259,7 +264,11 @@ def test_the_recipe_of_a_file_must_be_the_one_that_runs(tmp_path: Path) -> None:
 
 def test_a_dump_reads_back(tmp_path: Path) -> None:
     config = Config(
-        name="1e-6", model=Model(layers=3), optimizer=Optimizer(learning_rate=1e-6, clip=None), files=(Path("a b"), Path("é")), objective={"credit": {"gae": {"lam": 1.0}}, "x": None}
+        name="1e-6",
+        model=Model(layers=3),
+        optimizer=Optimizer(learning_rate=1e-6, clip=None),
+        files=(Path("a b"), Path("é")),
+        objective={"credit": {"gae": {"lam": 1.0}}, "x": None},
     )
     assert load([write(tmp_path / "c.yaml", dump(config))], [], Config) == config
 
@@ -284,7 +293,9 @@ def test_a_dump_means_the_same_to_yaml_1_1() -> None:
 # ------------------------------------------------------------------------------------------------ nearest
 
 
-@pytest.mark.parametrize("name, expected", [("gpro", "grpo"), ("reinforce-pp", "reinforce_pp"), ("reinforcepp", "reinforce_pp"), ("PPO", "ppo"), ("zebra", None)])
+@pytest.mark.parametrize(
+    "name, expected", [("gpro", "grpo"), ("reinforce-pp", "reinforce_pp"), ("reinforcepp", "reinforce_pp"), ("PPO", "ppo"), ("zebra", None)]
+)
 def test_nearest(name: str, expected: str | None) -> None:
     assert nearest(name, ["ppo", "grpo", "rloo", "reinforce", "reinforce_pp"]) == expected
 

@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 import tilt
 from tilt.errors import UsageError
-from tilt.runs.files import atomic_write, flush, vacant
+from tilt.runs.files import flush, vacant
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pyarrow", "pydantic")
 
@@ -81,13 +82,14 @@ def auto_name(recipe: str, model: str) -> str:
     return f"{recipe.replace('_', '-')}-{slug}-{secrets.token_hex(3)}"
 
 
-def create(root: Path | str, name: str, *, config_yaml: str, command: Sequence[str] | str, overwrite: bool = False) -> RunDirectory:
+def create(root: Path | str, name: str, *, config_yaml: str, command: Sequence[str] | str) -> RunDirectory:
     """Make `root/name/` with config.yaml, env.json and log.txt; it appears complete or not at all. An existing directory is refused."""
     if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]*", name):
         raise UsageError(f"`{name}` cannot name a run: use letters, digits, `_`, `-` and `.`, starting with a letter or digit")
     path = Path(root) / name
     if path.exists() or path.is_symlink():
-        _make_way(path, overwrite)
+        ways = "another name (name=…)", "no name at all (one is made up)", "--overwrite (the old run is deleted)"
+        raise UsageError(f"{path} exists already, and nothing is overwritten. Three ways out:\n" + "\n".join(f"  {i}. {way}" for i, way in enumerate(ways, 1)))
     line = command if isinstance(command, str) else " ".join(command)
     making = vacant(path)
     making.mkdir(parents=True)
@@ -106,17 +108,23 @@ def create(root: Path | str, name: str, *, config_yaml: str, command: Sequence[s
     return RunDirectory(path)
 
 
-def _make_way(path: Path, overwrite: bool) -> None:
-    """Refuse an existing directory with the three ways out; with `overwrite` delete it, if it is a run's."""
-    if not overwrite:
-        ways = "another name (name=…)", "no name at all (one is made up)", "--overwrite (deletes the old run)"
-        raise UsageError(f"{path} exists already, and nothing is overwritten. Three ways out:\n" + "\n".join(f"  {i}. {way}" for i, way in enumerate(ways, 1)))
-    ours = path.is_dir() and not path.is_symlink() and (path / "config.yaml").is_file() and (path / "env.json").is_file()
-    if not ours:
+@contextmanager
+def replacing(path: Path) -> Iterator[None]:
+    """Let a new run take the place of an old one: the old directory is put aside, and deleted once the new one exists, else put back."""
+    if not path.exists():
+        yield
+        return
+    if path.is_symlink() or not ((path / "config.yaml").is_file() and (path / "env.json").is_file()):
         raise UsageError(f"{path} exists and is not the directory of a run (no config.yaml and env.json): it is not deleted; choose another name")
     aside = vacant(path)
     path.rename(aside)
-    shutil.rmtree(aside)
+    try:
+        yield
+    finally:
+        if path.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(path)
 
 
 def environment(command: str = "") -> dict[str, Any]:
@@ -125,6 +133,8 @@ def environment(command: str = "") -> dict[str, Any]:
     cuda = bool(torch and torch.cuda.is_available())
     return {
         "command": command,
+        "process": os.getpid(),
+        "host": platform.node(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "directory": os.getcwd(),
         "tilt": tilt.__version__,
@@ -157,7 +167,3 @@ def _git(directory: Path) -> dict[str, Any] | None:
         return None
     return {"commit": commit, "diff_sha256": hashlib.sha256(difference).hexdigest() if difference else None, "diff_lines": difference.count(b"\n")}
 
-
-def write_config(directory: RunDirectory, config_yaml: str) -> None:
-    """Replace config.yaml, atomically."""
-    atomic_write(directory.config, config_yaml)

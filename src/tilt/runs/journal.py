@@ -22,6 +22,7 @@ from rich.text import Text
 from tilt.runs.text import duration, inert, middle, number
 
 SPARKS = "▁▂▃▄▅▆▇█"
+FINISHED = "finished"
 HISTORY = 60  # steps behind the little curve of the panel
 
 
@@ -66,8 +67,8 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(FINISHED if kind is None else f"stopped: {kind.__name__}")
 
     def header(self, lines: Iterable[str]) -> None:
         """The first lines of the run: where it lies, on what, with how much."""
@@ -107,11 +108,14 @@ class Journal:
             file.write(_markdown(step, rows))
         self._say(_table(step, rows, self.console.width))
 
-    def close(self) -> None:
-        """Leave the live panel on the screen and close the files; twice does no harm."""
+    def close(self, how: str = FINISHED) -> None:
+        """Leave the live panel on the screen, note in the log how the run ended, and close the files; twice does no harm."""
+        if self._log.closed:
+            return
         if self._live:
             self._live.stop()
             self._live = None
+        self._write_log(how)
         self._metrics.close()
         self._log.close()
 

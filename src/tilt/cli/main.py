@@ -1,0 +1,216 @@
+"""The command `tilt`: names, help, exit codes. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from tilt import __version__
+from tilt.errors import TiltError, UsageError
+
+Words = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE.yaml …] [key.sub=value …]", help="recipe files, later ones win; then settings", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, show examples and sizes, train nothing")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="nothing on the terminal but errors; the files are complete")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run that has this name")]
+Help = Annotated[bool, typer.Option("--help", help="this page: every setting with its default")]
+
+CLICK = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")  # typer brings its own copy of click
+
+app = typer.Typer(name="tilt", add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+data = typer.Typer(help="look at data, fetch public sets", rich_markup_mode=None)
+app.add_typer(data, name="data")
+
+EPILOG = (
+    "`tilt ppo`, `grpo`, `rloo`, `gspo`, `reinforce-pp` … are `tilt rl` with that algorithm (`tilt algorithms` lists them). "
+    "Settings: `tilt sft --help`. Exit codes: 0 done, 1 failed, 2 usage, 3 data, 4 not a number, 130 interrupted."
+)
+FREE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.callback(epilog=EPILOG, invoke_without_command=True)
+def tilt(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="show the version")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="show the full trace of an error; works in any place")] = False,
+) -> None:
+    """Reinforcement learning for language models: SFT, reward models, PPO, GRPO, DPO and their families."""
+    if version:
+        print(f"tilt {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _recipe(command: str, help: str) -> None:
+    """Register a recipe as a command that takes any setting."""
+
+    @app.command(command, help=help, context_settings=FREE, add_help_option=False)
+    def _run(words: Words = None, dry_run: DryRun = False, quiet: Quiet = False, overwrite: Overwrite = False, help: Help = False) -> None:
+        from tilt.cli import recipes
+
+        if help:
+            from tilt.cli.show import show_settings
+
+            show_settings(command)
+            return
+        recipes.run(command, words or [], recipes.Switches(dry_run, quiet, overwrite))
+
+
+_recipe("quickstart", "offline, minutes on two cores: a verifiable task with GRPO, and SFT → reward model → PPO")
+_recipe("run", "any recipe from its file")
+_recipe("pretrain", "next-token training on text")
+_recipe("sft", "supervised fine-tuning on answers")
+_recipe("rm", "a reward model from preferences")
+_recipe("dpo", "direct preference optimisation")
+_recipe("rl", "reinforcement learning with any algorithm of the table, or one of your own")
+_recipe("rlhf", "SFT → reward model → RL in one directory")
+
+
+@app.command()
+def algorithms(
+    name: Annotated[str, typer.Argument(help="an algorithm, or file.py:NAME")] = "",
+    changes: Annotated[list[str] | None, typer.Argument(metavar="[slot.key=value …]", help="slots to change, as in surrogate.high=0.28", show_default=False)] = None,
+) -> None:
+    """The table of algorithms; with a name its card: formulas, models, what it is unbiased for."""
+    from tilt.cli import show
+
+    show.show_algorithms(name, changes or [])
+
+
+@data.command("show")
+def data_show(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="a file, a folder, or the name of a public set")],
+    tokenizer: Annotated[str, typer.Option(help="a model folder: examples are shown token by token")] = "",
+    want: Annotated[str, typer.Option("--as", help="text, prompt, sft, preference or unpaired; by default the fullest reading")] = "",
+    examples: Annotated[int, typer.Option(help="how many examples", min=0)] = 3,
+) -> None:
+    """Columns, detected type, counts, lengths, and three examples."""
+    from tilt.cli import show
+
+    show.show_data(source, tokenizer, want, examples)
+
+
+@data.command("get")
+def data_get(name: Annotated[str, typer.Argument(help="the name of a public set; without one they are listed")] = "") -> None:
+    """Fetch a public data set from its source: the licence is shown, the checksum verified."""
+    from tilt.cli import show
+
+    show.get_data(name)
+
+
+@app.command()
+def runs(
+    root: Annotated[str, typer.Option(help="the folder with the runs")] = "runs",
+    json: Annotated[bool, typer.Option("--json", help="as one JSON list")] = False,
+) -> None:
+    """List the runs: status, algorithm, model, step, last reward, age."""
+    from tilt.cli import show
+
+    show.show_runs(root, json)
+
+
+@app.command()
+def env() -> None:
+    """Versions, devices, memory, threads and caches, fit to be pasted in an issue."""
+    from tilt.cli import show
+
+    show.show_environment()
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="a checkpoint folder, a run folder, or a hub name")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="the prompt; may be repeated")],
+    samples: Annotated[int, typer.Option("-n", "--samples", help="answers to each prompt", min=1)] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy", min=0.0)] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="longest answer", min=1)] = 128,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same answers", min=0)] = 0,
+    json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+) -> None:
+    """Answer prompts."""
+    from tilt.cli import talk
+
+    talk.generate(model, prompt, samples, temperature, max_tokens, seed, json)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="a checkpoint folder, a run folder, or a hub name")],
+    temperature: Annotated[float, typer.Option(help="0 is greedy", min=0.0)] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="longest answer", min=1)] = 256,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Talk to a model. /reset forgets, /temp 0.7 changes the temperature, /quit ends."""
+    from tilt.cli import talk
+
+    talk.chat(model, temperature, max_tokens, seed)
+
+
+def _known() -> list[str]:
+    return list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def _dispatch(words: list[str]) -> None:
+    """Run a command; the name of an algorithm is `tilt rl` with it; anything else names the nearest command."""
+    command = words[0] if words else ""
+    if not command or command.startswith("-") or command in _known():
+        app(words, standalone_mode=False)
+        return
+    from tilt.objectives import ALGORITHMS
+
+    algorithm = command.replace("-", "_")
+    if algorithm not in ALGORITHMS:
+        from tilt.config import hint
+
+        raise UsageError(f"tilt has no command `{command}`: {hint(command, [*_known(), *(a.replace('_', '-') for a in ALGORITHMS)])}")
+    from tilt.cli import recipes
+    from tilt.cli.show import show_settings
+
+    if "--help" in words[1:]:
+        show_settings("rl")
+        return
+    flags = {word for word in words[1:] if word in ("--dry-run", "--quiet", "--overwrite")}
+    switches = recipes.Switches("--dry-run" in flags, "--quiet" in flags, "--overwrite" in flags)
+    recipes.run("rl", [word for word in words[1:] if word not in flags], switches, [f"algorithm={algorithm}"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `tilt` with these arguments; the exit code. Errors go to stderr, short; `--traceback` in any place shows all."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    full = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    try:
+        _dispatch(words)
+    except CLICK as error:
+        return _fail(f"{error.format_message()}\n`{' '.join(['tilt', *(w for w in words[:1] if w[0] != '-'), '--help'])}` shows the options", 2, full)
+    except TiltError as error:
+        return _fail(str(error), error.exit_code, full)
+    except (KeyboardInterrupt, typer.Abort):
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        from traceback import extract_tb
+
+        last = extract_tb(error.__traceback__)[-1]
+        return _fail(f"{type(error).__name__}: {error}\n  at {last.filename}:{last.lineno}\n  this is not a known kind of mistake; --traceback shows all of it", 1, full)
+    return 0
+
+
+def _fail(message: str, code: int, full: bool) -> int:
+    if full:
+        import traceback
+
+        traceback.print_exc()
+    lines = message.splitlines()
+    shown = lines if len(lines) <= 40 else [*lines[:38], f"… and {len(lines) - 38} more lines"]
+    print("error: " + "\n".join(shown), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""From the words after `tilt rl` to a running recipe: files, overrides, the dry run, the list of settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tilt.config import Document, gather, hint, parse
+from tilt.errors import UsageError
+
+RECIPES = {
+    "pretrain": "pretrain", "sft": "sft", "rm": "reward_model", "dpo": "dpo", "rl": "rl", "rlhf": "rlhf", "quickstart": "quickstart",
+}  # fmt: skip
+"""Command → module in tilt.recipes."""
+
+ENDINGS = (".yaml", ".yml", ".json", ".toml")
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What the command line decides besides settings."""
+
+    dry_run: bool = False
+    quiet: bool = False
+    overwrite: bool = False
+
+
+def split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Recipe files, and everything else as overrides: `a.yaml --steps 3 lr=1` → a.yaml | --steps 3 lr=1."""
+    files: list[Path] = []
+    overrides: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word.startswith("--"):
+            overrides.append(word)
+            if "=" not in word:
+                overrides += [value for value in [next(rest, None)] if value is not None]
+        elif "=" not in word and word.endswith(ENDINGS):
+            files.append(Path(word))
+        else:
+            overrides.append(word)
+    return files, overrides
+
+
+def run(command: str, words: Sequence[str], switches: Switches, preset: Sequence[str] = ()) -> None:
+    """Read, check and run a recipe. `run` as a command takes the recipe from the file; `preset` overrides come before the user's."""
+    files, overrides = split(words)
+    document = gather(files, [*preset, *overrides])
+    name = _recipe(command, document, files)
+    _agree(preset, document)
+    recipe = _module(name)
+    if switches.quiet and "quiet" in recipe.Config.model_fields:
+        document.values["quiet"] = True
+    config = parse(document.values, recipe.Config, document.origins)
+    if switches.dry_run:
+        print("\n".join(recipe.plan(config)))
+        return
+    place = getattr(config, "name", None)
+    with _replacing(Path(config.root) / place) if switches.overwrite and place else nullcontext():
+        recipe.run(config)
+
+
+def _replacing(path: Path) -> Any:
+    from tilt.runs.directory import replacing
+
+    return replacing(path)
+
+
+def _recipe(command: str, document: Document, files: Sequence[Path]) -> str:
+    """The module of the recipe; the `recipe:` key is taken out of the document and must not contradict the command."""
+    named = document.values.pop("recipe", None)
+    at = document.origins.get(("recipe",), "")
+    stated = _canonical(str(named), document, at) if named is not None else None
+    if command != "run":
+        if stated is not None and stated != RECIPES[command]:
+            raise UsageError(f"`recipe` is {named!r} ({at}), but the command is `tilt {command}`: use `tilt run`, or another file")
+        return RECIPES[command]
+    if stated is None:
+        where = f"{files[-1]} does not say" if files else "nothing says"
+        raise UsageError(f"{where} which recipe to run: add a line `recipe: rl` (one of {', '.join(RECIPES)})")
+    return stated
+
+
+def _canonical(name: str, document: Document, at: str) -> str:
+    """`rm` → reward_model; the name of an algorithm means rl with it."""
+    plain = name.replace("-", "_")
+    if plain in RECIPES or plain in RECIPES.values():
+        return RECIPES.get(plain, plain)
+    from tilt.objectives import ALGORITHMS
+
+    if plain in ALGORITHMS:
+        document.values.setdefault("algorithm", plain)
+        return "rl"
+    raise UsageError(f"unknown recipe `{name}` ({at}): {hint(name, RECIPES)}")
+
+
+def _agree(preset: Sequence[str], document: Document) -> None:
+    """`tilt ppo algorithm=grpo` contradicts itself."""
+    for word in preset:
+        key, _, value = word.partition("=")
+        if document.values.get(key) != value:
+            raise UsageError(f"the command says {word}, but `{key}` is {document.values.get(key)!r} ({document.origins.get((key,), 'given')}): drop one")
+
+
+def _module(name: str) -> Any:
+    return import_module(f"tilt.recipes.{name}")
+
+
+def settings(command: str) -> list[tuple[str, str, str]]:
+    """Every setting of a recipe as (key, default, meaning), nested ones with their dots."""
+    return list(_settings(_module(RECIPES[command]).Config, ""))
+
+
+def _settings(cls: Any, above: str, depth: int = 0) -> Iterator[tuple[str, str, str]]:
+    from pydantic_core import PydanticUndefined
+
+    from tilt.config import Section
+
+    for name, info in cls.model_fields.items():
+        default = info.get_default(call_default_factory=True, validated_data={})
+        inner = default if isinstance(default, Section) else None
+        kind = info.annotation if isinstance(info.annotation, type) and issubclass(info.annotation, Section) else None
+        if (kind or inner) and depth < 3:
+            yield from _settings(kind or type(inner), f"{above}{name}.", depth + 1)
+        else:
+            shown = "required" if default is PydanticUndefined else _shown(default)
+            yield above + name, shown, info.description or ""
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value)) if isinstance(value, tuple) else str(value) if str(value) else "''"
