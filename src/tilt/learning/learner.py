@@ -97,7 +97,7 @@ class Learner:
                     found["values"][actions], found["final"][part] = values.cpu().to(nan.dtype), final.cpu().to(nan.dtype)
         return Signals(sampler=batch.sampler, **found)
 
-    def update(self, batch: Pack, experience: Experience, objective: Objective, *, temperature: float = 1.0, step: int = 0) -> Report:
+    def update(self, batch: Pack, experience: Experience, objective: Objective, *, temperature: float = 1.0, step: int = 0, only_critic: bool = False) -> Report:
         """Train on the experience: passes, minibatches, micro-batches, one clipped optimizer step a minibatch.
 
         Sequences that cannot move the weights (advantage zero everywhere, no penalty, no value loss) are left out; the denominators keep them.
@@ -108,7 +108,7 @@ class Learner:
             return Report({"skipped": 1.0}, skipped=True)
         fresh = self.settings.steps == 1 and not torch.isfinite(experience.signals.old).all()
         meter, channels = Meter(), _Channels(experience.layout.actions, batch.sampler.dtype)
-        for number, (part, scale) in enumerate(self._minibatches(batch, live, experience.layout.sequences, step)):
+        for part, scale in self._minibatches(live, step):
             for micro in batch.split(self.settings.micro_tokens, part):
                 small, share = batch.take(micro).to(self.device), _to(experience.take(micro), self.device)
                 with self.autocast():
@@ -123,10 +123,8 @@ class Learner:
                 loss.backward()
                 meter.add(objective.metrics(said, share))
                 meter.add({"loss": (loss.detach() / scale, torch.tensor(1 / self.settings.steps))}, total=True)
-                if number == 0:
-                    meter.add({f"first/{k}": v for k, v in objective.metrics(said, share).items() if k == "val/ratio"})
                 channels.put(experience.layout.actions_of(micro), said, share, scale)
-            self._step(meter, small)
+            self._step(meter, small, only_critic)
         self.version += 1
         return Report(meter.read() | {"lr": self.optimizer.lr, "skipped": 0.0, "sequences/trained": float(len(live))}, channels.read())
 
@@ -140,12 +138,12 @@ class Learner:
 
     def _live(self, experience: Experience, objective: Objective) -> Tensor:
         layout = experience.layout
-        if objective.penalised or objective.learns_values:
+        if objective.penalty.needs or objective.value.needs:
             return torch.arange(layout.sequences)
         moving = torch.zeros(layout.sequences).index_add_(0, layout.sequence, (experience.advantages * experience.weights != 0).float())
         return torch.nonzero(moving).flatten()
 
-    def _minibatches(self, batch: Pack, live: Tensor, sequences: int, step: int) -> Iterator[tuple[Tensor, float]]:
+    def _minibatches(self, live: Tensor, step: int) -> Iterator[tuple[Tensor, float]]:
         """Sequences of each optimizer step, and the factor that makes its share of the batch's weights a whole one."""
         settings = self.settings
         if settings.minibatches == 1:
@@ -157,9 +155,12 @@ class Learner:
             for part in order.chunk(settings.minibatches):
                 yield live[part], len(live) / len(part)
 
-    def _step(self, meter: Meter, small: Pack) -> None:
+    def _step(self, meter: Meter, small: Pack, only_critic: bool) -> None:
         for name, optimizer in {"grad_norm": self.optimizer, "critic/grad_norm": self.critic_optimizer}.items():
             if optimizer is None:
+                continue
+            if only_critic and optimizer is self.optimizer:
+                optimizer.clear()
                 continue
             norm = optimizer.step()
             if not torch.isfinite(norm):

@@ -102,6 +102,11 @@ class RewardModel(nn.Module):
     def note(self) -> str:
         return agreement.note(self.model)
 
+    @property
+    def score_layer(self) -> nn.Linear:
+        """The linear layer from the body to the score."""
+        return compat.score_of(self.model)
+
     def forward(self, pack: Pack) -> Tensor:
         """Score of each sequence, [S]."""
         hidden = hidden_states(self.model, pack)

@@ -1,4 +1,4 @@
-"""Addition of numbers below 100: verifiable, with problems held out by hash so that no stage ever sees them."""
+"""Addition of two-digit numbers, written 07+45=052: verifiable, with problems held out by hash so that no stage ever sees them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Addition:
         """Problems as prompt-completion rows with the number sought in `answer`."""
         problems = ((a, b) for a in range(self.limit) for b in range(self.limit))
         return [
-            {"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)}
+            {"prompt": f"{a:02d}+{b:02d}=", "completion": f"{a + b:03d}", "answer": f"{a + b:03d}"}
             for a, b in problems
             if (share(f"{a}+{b}=") < self.held_out) == held_out
         ]

@@ -1,0 +1,89 @@
+"""Measures on held-out data: likelihood of given answers, accuracy on pairs, and what sampled answers earn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tilt.data.packing import pack
+from tilt.data.rollouts import Prompt, Rollout, Sampling
+from tilt.models.policy import Policy, RewardModel
+from tilt.objectives import Rewards
+from tilt.rewards.text import Text
+from tilt.sampling.sampler import Sampler
+
+
+def likelihood(policy: Policy, rollouts: Sequence[Rollout], micro_tokens: int) -> dict[str, float]:
+    """Mean negative log-likelihood of the trained tokens (nats a token), its perplexity, and the share of sequences whose last token (the stop) is the likeliest."""
+    batch = pack(rollouts)
+    device = next(policy.parameters()).device
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for part in batch.split(micro_tokens):
+            total -= policy(batch.take(part).to(device)).logprobs.double().sum().cpu()
+    nll = float(total) / batch.layout.actions
+    return {"nll": nll, "perplexity": math.exp(min(nll, 50.0))}
+
+
+def scores(model: RewardModel, rollouts: Sequence[Rollout], micro_tokens: int) -> Tensor:
+    """The reward model's score of each sequence, [S]."""
+    batch = pack(rollouts)
+    device = next(model.parameters()).device
+    found = torch.zeros(batch.layout.sequences)
+    with torch.no_grad():
+        for part in batch.split(micro_tokens):
+            found[part] = model(batch.take(part).to(device)).float().cpu()
+    return found
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What the policy's answers to held-out prompts earn, with the answers themselves."""
+
+    rollouts: list[Rollout]
+    texts: list[Text]
+    rewards: Rewards
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Mean reward with its standard error over prompts, each part's mean, length, truncation, distinct-2."""
+        total = self.rewards.total[self.rewards.scored]
+        lengths = [sum(r.sampled) for r in self.rollouts]
+        found = {
+            "reward": float(total.mean()) if len(total) else float("nan"),
+            "reward_std": float(total.std()) if len(total) > 1 else 0.0,
+            "reward_se": standard_error(self.rollouts, self.rewards),
+            "length": sum(lengths) / len(lengths),
+            "truncated": sum(r.stop == "length" for r in self.rollouts) / len(self.rollouts),
+            "distinct_2": distinct([t.completion for t in self.texts], 2),
+        }
+        return found | {f"reward/{name}": float(value[~value.isnan()].mean()) for name, value in self.rewards.parts.items() if (~value.isnan()).any()}
+
+
+def assess(
+    sampler: Sampler, prompts: Sequence[Prompt], score: Callable[[Sequence[Rollout]], Rewards], read: Callable[[Sequence[Rollout]], list[Text]],
+    *, samples: int, sampling: Sampling, step: int = 0,
+) -> Assessment:  # fmt: skip
+    """Answer each prompt `samples` times on the evaluation stream of randomness, and score the answers."""
+    rollouts = sampler.evaluate(prompts, samples, sampling=sampling, step=step)
+    return Assessment(rollouts, read(rollouts), score(rollouts))
+
+
+def standard_error(rollouts: Sequence[Rollout], rewards: Rewards) -> float:
+    """Standard error of the mean reward, prompts taken as the independent units."""
+    by_prompt: dict[int, list[float]] = {}
+    for rollout, total, scored in zip(rollouts, rewards.total.tolist(), rewards.scored.tolist(), strict=True):
+        if scored:
+            by_prompt.setdefault(rollout.prompt.id, []).append(total)
+    means = torch.tensor([sum(v) / len(v) for v in by_prompt.values()], dtype=torch.float64)
+    return float(means.std() / len(means) ** 0.5) if len(means) > 1 else 0.0
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Distinct word n-grams over all word n-grams of the texts together (arXiv 1510.03055)."""
+    grams = [tuple(words[i : i + n]) for words in (t.split() for t in texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0

@@ -1,0 +1,144 @@
+"""What every recipe opens before its loop: rows, tokenizer, model, device, run directory. Everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilt.config import dump
+from tilt.data.formats import Dataset, Want, prompt_text, read
+from tilt.data.rendering import Renderer
+from tilt.data.rendering import renderer as make_renderer
+from tilt.data.sources import load as load_rows
+from tilt.data.streams import split
+from tilt.data.tokenizers import train_bpe
+from tilt.errors import DataError, UsageError
+from tilt.models import adapters, loading
+from tilt.models.policy import Policy
+from tilt.recipes.settings import Data, Lora, Run, Scratch
+from tilt.runs.directory import RunDirectory, auto_name, create
+from tilt.runs.journal import Journal
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to train on and rows held out, whether they are conversations, and the lines that say what was read."""
+
+    train: list[Row]
+    held_out: list[Row]
+    conversational: bool
+    notes: list[str] = field(default_factory=list)
+
+
+def rows(data: Data, want: Want) -> Rows:
+    """Read, recognise and split: no prompt stands on both sides."""
+    found = _read(data.source, want, data.columns)
+    notes = [f"data       {data.source}: {found.summary()}"]
+    train, held = found.rows, []
+    if data.eval is not None:
+        held = _read(data.eval, want, data.columns).rows
+        seen = {prompt_text(r) for r in held}
+        train = [r for r in found.rows if prompt_text(r) not in seen]
+        if len(train) < len(found.rows):
+            notes.append(f"           {len(found.rows) - len(train)} rows ask what is held out in {data.eval}: left out of training")
+    elif data.held_out > 0:
+        train, held = split(found.rows, data.held_out)
+    if data.half != "all":
+        train = split(train, [0.5, 0.5], seed=1)[data.half == "second"]
+    if not train:
+        raise DataError(f"{data.source}: no row is left to train on: all are held out in {data.eval}")
+    return Rows(train, held, found.conversational, [*notes, f"           {len(train)} rows to train on, {len(held)} held out by prompt"])
+
+
+def _read(source: str, want: Want, columns: Mapping[str, str]) -> Dataset:
+    found = load_rows(source)
+    return read(found.rows, want=want, columns=columns, source=found.name)
+
+
+def texts(found: Iterable[Row]) -> Iterable[str]:
+    """Every text of the rows, for a tokenizer to be trained on."""
+    for row in found:
+        for key in ("text", "prompt", "completion", "chosen", "rejected", "messages"):
+            value = row.get(key)
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, Sequence):
+                yield from (str(m["content"]) for m in value)
+
+
+def settle(run: Run) -> torch.device:
+    """Threads, seeds and the device of a run."""
+    torch.set_num_threads(run.threads or os.cpu_count() or 1)
+    torch.manual_seed(run.seed)
+    wanted = run.device if run.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device cuda: no GPU is visible to torch. Use device=cpu, or device=auto")
+    return torch.device(wanted)
+
+
+def precision(run: Run, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """bfloat16 arithmetic over float32 weights where it pays (a GPU) or is asked for; else plain float32."""
+    if run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda"):
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return nullcontext
+
+
+def language_model(model: str | Scratch, tokenizer: str | None, corpus: Callable[[], Iterable[str]], seed: int) -> tuple[Any, Any, str]:
+    """A causal LM, its tokenizer and its short name: from a folder or hub name, or built and its tokenizer trained on the corpus."""
+    if isinstance(model, Scratch):
+        words = loading.compat.read_tokenizer(str(model.tokenizer)) if isinstance(model.tokenizer, Path) else train_bpe(corpus(), model.vocabulary)
+        lm = loading.tiny(model.kind, vocabulary=len(words), width=model.width, layers=model.layers, heads=model.heads, context=model.context, seed=seed)
+        return lm, words, f"{model.kind}-{sum(p.numel() for p in lm.parameters()) / 1e6:.1f}M"
+    lm, words = loading.load(model)
+    if tokenizer is not None:
+        words = loading.compat.read_tokenizer(tokenizer)
+    return lm, words, Path(model).name if Path(model).is_dir() else model
+
+
+def adapted(lm: Any, lora: Lora | None) -> Any:
+    """The model with low-rank adapters where asked for."""
+    return lm if lora is None else adapters.add_lora(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+
+
+def renderer(tokenizer: Any, data: Data, lm: Any, found: Rows) -> Renderer:
+    """How rows become tokens; nothing longer than the model's context."""
+    context = getattr(loading.compat.text_config(lm), "max_position_embeddings", None) or 2**31
+    prompt = min(data.max_prompt_tokens, context - min(data.max_tokens, context // 2))
+    return make_renderer(
+        tokenizer, data.template, conversational=found.conversational, max_prompt_tokens=prompt, max_tokens=min(data.max_tokens, context - prompt),
+        train_on=data.train_on, over_length=data.over_length,
+    )  # fmt: skip
+
+
+def directory(run: Run, recipe: str, model: str, total: int, important: tuple[str, ...]) -> tuple[RunDirectory, Journal]:
+    """The run's directory and journal; an existing directory is refused."""
+    name = run.name or auto_name(recipe, model)
+    place = create(run.root, name, config_yaml=f"recipe: {recipe}\n" + dump(run), command=sys.argv)
+    return place, Journal(place, total=total, important=important, log_every=run.log_every, quiet=run.quiet)
+
+
+def headline(model: str, module: nn.Module, device: torch.device, run: Run) -> str:
+    """Device, precision and size, in one line."""
+    every = sum(p.numel() for p in module.parameters())
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return f"model      {model}: {every / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained; {device}, {torch.get_num_threads()} threads, seed {run.seed}"
+
+
+def policy_of(lm: Any, device: torch.device, *, value_head: bool = False) -> Policy:
+    return Policy(lm.to(device), value_head=value_head)
+
+
+def due(step: int, steps: int, every: int) -> bool:
+    """Whether a step is one to evaluate at: the first, the last, and every `every`-th between."""
+    return step in (0, steps) or (every > 0 and step % every == 0)
+

@@ -1,0 +1,68 @@
+"""From a recipe's `reward:` to a scorer: rules, functions and reward models, with the text that they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tilt.data.rendering import renderer
+from tilt.data.rollouts import Rollout
+from tilt.models.loading import load_reward_model
+from tilt.models.policy import RewardModel
+from tilt.objectives import Rewards
+from tilt.rewards.functions import RewardFunction
+from tilt.rewards.model import ModelReward, Rerendered, own_tokens, same_tokenizer
+from tilt.rewards.score import Called, Part, Scorer, build
+from tilt.rewards.spec import Model, RewardSpec
+from tilt.rewards.text import Text, read
+
+Read = Callable[[Sequence[Rollout]], list[Text]]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A scorer, how rollouts are read, and the reward models in it with whether each reads the policy's own tokens."""
+
+    score: Scorer
+    read: Read
+    models: tuple[tuple[RewardModel, bool], ...]
+
+    @property
+    def critic_source(self) -> RewardModel | None:
+        """The reward model that a critic can start from: the first that reads the policy's tokens."""
+        return next((model for model, shared in self.models if shared), None)
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Rewards:
+        return self.score(rollouts, self.read(rollouts))
+
+
+def reader(tokenizer: Any) -> Read:
+    """Rollouts to text; special tokens, the stop token among them, are not part of it."""
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return lambda rollouts: read(rollouts, decode)
+
+
+def scoring(reward: Any, tokenizer: Any, device: torch.device, *, missing_stop_penalty: float = 0.0) -> Scoring:
+    """The scorer that `reward:` asks for. A Python function stands for itself, or in a list beside other entries."""
+    found: list[tuple[RewardModel, bool]] = []
+
+    def load(spec: RewardSpec) -> ModelReward:
+        assert isinstance(spec.source, Model)
+        model, words = load_reward_model(spec.source.path, device=device)
+        shared = same_tokenizer(words, tokenizer)
+        found.append((model, shared))
+        how = own_tokens if shared else Rerendered(renderer(words, "auto"))
+        return ModelReward(spec.name, model, how, spec.source.budget)
+
+    entries = list(reward) if isinstance(reward, list | tuple) else [reward]
+    functions = [entry for entry in entries if callable(entry)]
+    others = [entry for entry in entries if not callable(entry)]
+    score = build(others, load_model=load, missing_eos_penalty=missing_stop_penalty) if others else Scorer([], missing_stop_penalty)
+    score.parts = [*score.parts, *(Part(f.__name__, 1.0, Called(RewardFunction(f.__name__, f))) for f in functions)]
+    return Scoring(score, reader(tokenizer), tuple(found))
