@@ -148,7 +148,7 @@ def test_diverged_weights_are_named(lm: PreTrainedModel) -> None:
 
 def test_adapters_are_sampled_with(lm: PreTrainedModel) -> None:
     """LoRA: the model with its adapter answers as its merged weights do, and otherwise with the adapter off."""
-    add_lora(lm, rank=4)
+    add_lora(lm, rank=4, alpha=8.0)
     with torch.no_grad():
         for name, p in lm.named_parameters():
             if "lora_B" in name:

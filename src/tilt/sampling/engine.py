@@ -136,7 +136,8 @@ class Queue:
             raise NumericError("The policy's scores are not finite (NaN or infinity) while sampling.\nIts weights have diverged: go back to an earlier checkpoint, or lower the learning rate.")
         active = self.active
         if self.length[active].max() == self.tokens.shape[1]:
-            self.tokens, self.logprobs = (np.concatenate((x, np.zeros_like(x)), axis=1) for x in (self.tokens, self.logprobs))
+            self.tokens = np.concatenate((self.tokens, np.zeros_like(self.tokens)), axis=1)
+            self.logprobs = np.concatenate((self.logprobs, np.zeros_like(self.logprobs)), axis=1)
         self.tokens[active, self.length[active]] = tokens
         self.logprobs[active, self.length[active]] = logprobs
         self.length[active] += 1
