@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from tilt.data.packing import Segments
 from tilt.errors import UsageError
@@ -68,7 +67,7 @@ def attention(
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+# No mask function beside it: for an attention without one, transformers builds no mask and searches the positions for no packed sequences.
 
 
 @dataclass(frozen=True)
