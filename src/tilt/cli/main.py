@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="nothing on the terminal bu
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run that has this name")]
 Help = Annotated[bool, typer.Option("--help", help="this page: every setting with its default")]
 
-CLICK = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")  # typer brings its own copy of click
+CLICK: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")  # typer brings its own copy of click
 
 app = typer.Typer(name="tilt", add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 data = typer.Typer(help="look at data, fetch public sets", rich_markup_mode=None)

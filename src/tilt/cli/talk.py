@@ -20,7 +20,7 @@ from tilt.runs import checkpoints
 from tilt.runs.text import inert
 from tilt.sampling import engine
 from tilt.sampling.randomness import keys
-from tilt.sampling.sampler import Sampler, check, refuse_long
+from tilt.sampling.sampler import Sampler, check, refuse_long, vocabulary_of
 from tilt.sampling.stopping import Stops
 
 
@@ -51,7 +51,7 @@ def speaker(model: str, temperature: float, max_tokens: int) -> Speaker:
     lm, tokenizer = loading.load(folder_of(model))
     render = renderer(tokenizer, "auto")
     sampling = Sampling(temperature, max_tokens, tuple(render.stop_ids))
-    check(sampling, training=False)
+    check(sampling, vocabulary_of(lm), training=False)
     return Speaker(lm, tokenizer, render, sampling)
 
 
@@ -106,7 +106,7 @@ def chat(model: str, temperature: float, max_tokens: int, seed: int, ask: Callab
 def _warmer(found: Speaker, line: str) -> Speaker:
     try:
         changed = replace(found.sampling, temperature=float(line.removeprefix("/temp")))
-        check(changed, training=False)
+        check(changed, vocabulary_of(found.lm), training=False)
     except (ValueError, UsageError):
         print("/temp takes a number, at least 0")
         return found
@@ -118,7 +118,7 @@ class Watched(Stops):
     """Stop conditions that tell a listener every token of the one answer being written."""
 
     def __init__(self, found: Speaker, listener: Callable[[list[int]], None]) -> None:
-        super().__init__(compat.head_of(found.lm).weight.shape[0], found.sampling.stop_ids, found.sampling.stop_strings, found.text)
+        super().__init__(vocabulary_of(found.lm), found.sampling.stop_ids, found.sampling.stop_strings, found.text)
         self.listener = listener
 
     def ended(self, tokens: NDArray[np.int64], answer: Callable[[int], list[int]]) -> NDArray[np.bool_]:
