@@ -152,12 +152,11 @@ def _known() -> list[str]:
     return list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
-def _dispatch(words: list[str]) -> None:
-    """Run a command; the name of an algorithm is `tilt rl` with it; anything else names the nearest command."""
+def _dispatch(words: list[str]) -> int:
+    """Run a command and return its exit code; the name of an algorithm is `tilt rl` with it; anything else names the nearest command."""
     command = words[0] if words else ""
     if not command or command.startswith("-") or command in _known():
-        app(words, standalone_mode=False)
-        return
+        return app(words, standalone_mode=False) or 0  # typer turns an interrupt into 130
     from tilt.objectives import ALGORITHMS
 
     algorithm = command.replace("-", "_")
@@ -170,10 +169,11 @@ def _dispatch(words: list[str]) -> None:
 
     if "--help" in words[1:]:
         show_settings("rl")
-        return
+        return 0
     flags = {word for word in words[1:] if word in ("--dry-run", "--quiet", "--overwrite")}
     switches = recipes.Switches("--dry-run" in flags, "--quiet" in flags, "--overwrite" in flags)
     recipes.run("rl", [word for word in words[1:] if word not in flags], switches, [f"algorithm={algorithm}"])
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,14 +182,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     full = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
     try:
-        _dispatch(words)
+        code = _dispatch(words)
     except CLICK as error:
         return _fail(f"{error.format_message()}\n`{' '.join(['tilt', *(w for w in words[:1] if w[0] != '-'), '--help'])}` shows the options", 2, full)
     except TiltError as error:
         return _fail(str(error), error.exit_code, full)
     except (KeyboardInterrupt, typer.Abort):
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+        code = 130
     except BrokenPipeError:
         sys.stderr.close()
         return 0
@@ -198,7 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         last = extract_tb(error.__traceback__)[-1]
         return _fail(f"{type(error).__name__}: {error}\n  at {last.filename}:{last.lineno}\n  this is not a known kind of mistake; --traceback shows all of it", 1, full)
-    return 0
+    if code == 130:
+        print("\ninterrupted", file=sys.stderr)
+    return code
 
 
 def _fail(message: str, code: int, full: bool) -> int:

@@ -115,17 +115,17 @@ def settings(command: str) -> list[tuple[str, str, str]]:
     return list(_settings(_module(RECIPES[command]).Config, ""))
 
 
-def _settings(cls: Any, above: str, depth: int = 0) -> Iterator[tuple[str, str, str]]:
+def _settings(cls: Any, above: str, stated: Any = None, depth: int = 0) -> Iterator[tuple[str, str, str]]:
     from pydantic_core import PydanticUndefined
 
     from tilt.config import Section
 
     for name, info in cls.model_fields.items():
-        default = info.get_default(call_default_factory=True, validated_data={})
+        default = info.get_default(call_default_factory=True, validated_data={}) if stated is None else getattr(stated, name)
         inner = default if isinstance(default, Section) else None
         kind = info.annotation if isinstance(info.annotation, type) and issubclass(info.annotation, Section) else None
         if (kind or inner) and depth < 3:
-            yield from _settings(kind or type(inner), f"{above}{name}.", depth + 1)
+            yield from _settings(kind or type(inner), f"{above}{name}.", inner, depth + 1)
         else:
             shown = "required" if default is PydanticUndefined else _shown(default)
             yield above + name, shown, info.description or ""
