@@ -197,9 +197,9 @@ def crash(completions):
 def greedy(completions):
     return [len(bytearray(8 << 30))] * len(completions)
 
-def forks(completions):
+def forks(completions, gold):
     os.fork()
-    return [1.0] * len(completions)
+    return gold
 
 def orphan(completions):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -253,7 +253,9 @@ def test_a_worker_answers_batch_after_batch(worker: Callable[..., RewardFunction
     assert [counted(PROMPTS, COMPLETIONS, {}).values[0] for _ in range(3)] == [1, 2, 3]
     assert worker("later")(PROMPTS, COMPLETIONS, {"gold": [1, 2, 3]}).values == [2, 2, 2]
     assert worker("secret")(PROMPTS, COMPLETIONS, {}).values == [0, 0, 0]
-    assert worker("forks")(PROMPTS, COMPLETIONS, {}).values == [1, 1, 1]
+    forks = worker("forks")
+    for n in range(4):
+        assert forks(PROMPTS, COMPLETIONS, {"gold": [n] * 3}).values == [n] * 3, "a forked copy must not answer"
 
 
 @pytest.mark.parametrize(

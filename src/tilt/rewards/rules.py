@@ -22,7 +22,7 @@ Unit = Literal["tokens", "words", "characters"]
 DIGITS = 300  # a longer run of digits is a runaway completion, not a number
 NUMBER = re.compile(
     r"(?:(?<![\w)\]])[-\u2212\u2013])?+(?:[$€£][-\u2212\u2013]?+)?+"  # −$12 and $−12; in 16-3 the dash is no sign
-    r"(?P<size>(?:[0-9]{1,3}+(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++)"
+    r"(?P<size>(?:[0-9]{1,3}+(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++)"
     r"(?:/(?P<over>[0-9]++))?(?:[eE](?P<power>[-+]?[0-9]{1,3})(?!\w))?"
 )
 FRACTION = re.compile(r"\\d?frac\{([0-9]{1,300})\}\{([0-9]{1,300})\}")

@@ -82,7 +82,7 @@ def parse(value: Any, where: str = "reward") -> tuple[RewardSpec, ...]:
 def _entry(value: Any, where: str) -> RewardSpec:
     if isinstance(value, RewardSpec):
         return value
-    if isinstance(value, tuple(RULES.values())):
+    if isinstance(value, Rule):
         return RewardSpec(value.name, value)
     if callable(value):
         value = {"function": value}
