@@ -166,7 +166,7 @@ def test_middle_never_exceeds_its_width_and_keeps_both_ends(text: str, width: in
         assert cut == text
     else:
         head, _, tail = cut.partition("…")
-        assert text.startswith(head) and text.endswith(tail) or "…" in text
+        assert (text.startswith(head) and text.endswith(tail)) or "…" in text
 
 
 @pytest.mark.parametrize("text, width, expected", [
