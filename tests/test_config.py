@@ -33,8 +33,9 @@ class Config(Section):
     model: str | Model = "tiny"
     optimizer: Optimizer = Optimizer(learning_rate=5e-5)
     files: tuple[Path, ...] = ()
-    weights: dict[str, float] = {}  # noqa: RUF012
-    objective: dict[str, Any] = {}  # noqa: RUF012
+    words: Literal["bpe"] | Path = "bpe"
+    weights: dict[str, float] = {}
+    objective: dict[str, Any] = {}
     kind: Literal["full", "lora"] = "full"
     shuffle: bool = True
     steps: Annotated[int, Field(ge=1, le=1000)] = 10
@@ -138,6 +139,13 @@ def test_nothing_is_guessed(setting: dict[str, Any]) -> None:
 def test_what_converts() -> None:
     config = parse({"optimizer": {"clip": 1, "betas": [0, 1]}, "files": ["a"], "weights": {"x": 1}}, Config)
     assert type(config.optimizer.clip) is float and config.optimizer.betas == (0.0, 1.0) and config.files == (Path("a"),)
+
+
+@pytest.mark.parametrize("text, expected", [("bpe", "bpe"), ("some/file", Path("some/file"))])
+def test_a_choice_beside_a_path_stays_a_choice(text: str, expected: object) -> None:
+    config = load([], [f"words={text}"], Config)
+    assert config.words == expected and type(config.words) in (str, type(Path()))
+    assert parse(read_value(dump(config)), Config) == config and Config(words=text) == config  # type: ignore[arg-type]
 
 
 def test_a_section_is_frozen() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -57,7 +57,8 @@ def _over(default: Section, value: Mapping[str, Any]) -> dict[str, Any]:
 def _shaped(value: Any, annotation: Any) -> Any:
     """A list as a tuple where a tuple is asked for, text as a path where a path is; all else as it is."""
     options = list(_options(annotation))
-    if isinstance(value, str) and Path in options and str not in options:
+    chosen = any(value in get_args(option) for option in options if get_origin(option) is Literal)
+    if isinstance(value, str) and Path in options and str not in options and not chosen:
         return Path(value)
     if isinstance(value, (list, tuple)):
         for option in options:
