@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,16 @@ def test_alpaca_inputs(opened: Open) -> None:
     assert sum(row["prompt"] == row["instruction"] for row in opened(DEMO + "alpaca_zh_demo", "sft").rows) == 861
 
 
-def test_hh_dialogues(opened: Open, tilt_data: Find) -> None:
-    raw = load("hh-rlhf").rows
+def test_hh_dialogues(opened: Open) -> None:
     rows = opened("hh-rlhf", "preference").rows
+    raw = load("hh-rlhf").rows
     left_out = {1254, 1688, 1950, 1952, 2036}
     kept = [n for n in range(len(raw)) if n not in left_out]
     assert [n for n, row in zip(kept, rows, strict=True) if row["chosen"][-1]["content"] == ""] == [86, 516, 925, 1103]
     for n, row in zip(kept, rows, strict=True):
         assert row["prompt"][0]["role"] == "user" and row["prompt"][-1]["role"] == "user"
         roles = [turn["role"] for turn in row["prompt"]]
-        assert all(a != b for a, b in zip(roles, roles[1:], strict=False))
+        assert all(a != b for a, b in pairwise(roles))
         for side in ("chosen", "rejected"):
             assert len(row[side]) == 1 and raw[n][side].endswith(row[side][0]["content"].rpartition("\n\n")[2])
     turns = Counter(text["chosen"].count("\n\nHuman:") for text in raw)

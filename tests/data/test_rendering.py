@@ -201,7 +201,7 @@ def test_a_text_is_trained_from_its_first_token(base: Any) -> None:
     assert renderer(base).text("two") == base.encode("two")
 
 
-ROWS = [{"prompt": "1", "completion": "2"}, {"prompt": "11111", "completion": "2"}, {"prompt": "1", "completion": "22222"}]
+ROWS = [{"prompt": "1", "completion": "2"}, {"prompt": "12345", "completion": "2"}, {"prompt": "1", "completion": "67890"}]
 
 
 @pytest.fixture
@@ -219,8 +219,8 @@ def test_longer_rows_are_left_out_and_counted(digits: Any) -> None:
 def test_longer_rows_are_cut_and_counted(digits: Any) -> None:
     render = renderer(digits, "text", max_prompt_tokens=3, max_tokens=3, over_length="truncate")
     _, long_prompt, long_answer = render.demonstrations(ROWS)
-    assert digits.decode(long_prompt.prompt.tokens) == "111" and long_prompt.stop == "stop"
-    assert digits.decode(long_answer.tokens) == "222" and long_answer.stop == "length", "a cut answer does not end"
+    assert digits.decode(long_prompt.prompt.tokens) == "345" and long_prompt.stop == "stop"
+    assert digits.decode(long_answer.tokens) == "678" and long_answer.stop == "length", "a cut answer does not end"
     assert render.report["prompts longer than 3 tokens (cut)"] == render.report["answers longer than 3 tokens (cut)"] == 1
 
 
