@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from tilt.data.packing import pack
 from tilt.data.rollouts import Prompt, Sampling
 from tilt.errors import NumericError, UsageError
 from tilt.models import compat
@@ -110,6 +111,29 @@ def test_load_publishes_the_policy_without_a_copy(lm: PreTrainedModel) -> None:
     after = sampler.sample(PROMPTS, 4, step=0)
     assert sampler.lm is lm and {r.version for r in after} == {1}
     assert [r.tokens for r in after] != [r.tokens for r in before]
+
+
+def test_bfloat16_is_a_copy_cast_at_each_publish(lm: PreTrainedModel) -> None:
+    """The policy keeps its float32 weights; the sampler's log-probabilities are near the learner's, and follow the weights only when published."""
+    add_lora(lm, rank=2, alpha=4.0)
+    policy, sampler = Policy(lm.eval()), Sampler(lm, Letters(), Sampling(1.0, 8), dtype=torch.bfloat16)
+    assert {p.dtype for p in sampler.lm.parameters()} == {torch.bfloat16} and {p.dtype for p in lm.parameters()} == {torch.float32}
+    assert all(b.dtype != torch.bfloat16 for b in sampler.lm.buffers())
+    first = sampler.sample(PROMPTS, 8, step=0)
+    with torch.no_grad():
+        for name, p in lm.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    assert sampler.sample(PROMPTS, 8, step=0) == first
+    sampler.load(policy)
+    second = sampler.sample(PROMPTS, 8, step=0)
+    assert {r.version for r in second} == {1}
+    gaps = []
+    for rollouts in (first, second):
+        batch = pack(rollouts)
+        with torch.no_grad():
+            gaps.append(float((policy(batch).logprobs - batch.sampler).abs().max()))
+    assert gaps[1] < 0.1 < gaps[0]
 
 
 @pytest.mark.parametrize(

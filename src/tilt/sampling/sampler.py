@@ -7,25 +7,31 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from tilt.data.rollouts import Prompt, Rollout, Sampling
 from tilt.errors import UsageError
 from tilt.models import compat
+from tilt.models.adapters import plain_copy
 from tilt.sampling.engine import Request, generate
 from tilt.sampling.randomness import keys
 from tilt.sampling.stopping import Stops
 
 
 class Sampler:
-    """Samples answers from a model in this process. `version` counts the weights published to it."""
+    """Samples answers from a model in this process, in the weights' dtype unless told another. `version` counts the weights published to it."""
 
-    def __init__(self, lm: PreTrainedModel, tokenizer: Any, sampling: Sampling, *, seed: int = 0, slots: int = 256) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, tokenizer: Any, sampling: Sampling, *, seed: int = 0, slots: int = 256, dtype: torch.dtype | None = None
+    ) -> None:
         check(sampling, vocabulary_of(lm), training=True)
         if slots < 1:
             raise UsageError(f"slots is {slots}: the engine needs at least one row.")
-        self.lm, self.tokenizer, self.sampling, self.seed, self.slots, self.version = lm, tokenizer, sampling, seed, slots, 0
+        self.tokenizer, self.sampling, self.seed, self.slots, self.version = tokenizer, sampling, seed, slots, 0
+        self.dtype = compat.dtype_of(lm) if dtype is None else dtype
+        self.lm = self._published(lm)
 
     def sample(self, prompts: Sequence[Prompt], samples: int, *, step: int, stream: str = "train") -> list[Rollout]:
         """`samples` answers to each prompt, prompt by prompt, under the training settings."""
@@ -38,9 +44,18 @@ class Sampler:
         return self._rollouts(prompts, samples, settings, step, stream)
 
     def load(self, policy: nn.Module) -> None:
-        """Publish the policy's weights. It runs in this process, so its own language model is sampled from and nothing is copied."""
-        self.lm = getattr(policy, "lm", policy)  # type: ignore[assignment]
+        """Publish the policy's weights. In its own dtype the policy itself is sampled from, and nothing is copied; in another, they are cast once, adapters merged."""
+        self.lm = self._published(getattr(policy, "lm", policy))  # type: ignore[arg-type]
         self.version += 1
+
+    def _published(self, lm: PreTrainedModel) -> PreTrainedModel:
+        """The model to sample from. Only parameters are cast: angles and other buffers keep their precision."""
+        if compat.dtype_of(lm) == self.dtype:
+            return lm
+        twin = plain_copy(lm)
+        for parameter in twin.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        return twin.requires_grad_(False)
 
     def _rollouts(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, step: int, stream: str) -> list[Rollout]:
         if samples < 1 or not prompts:
