@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,10 +47,12 @@ class Assessment:
     rollouts: list[Rollout]
     texts: list[Text]
     rewards: Rewards
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
+    kl: float = float("nan")
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Mean reward with its standard error over prompts, each part's mean, length, truncation, distinct-2."""
+        """Mean reward with its standard error over prompts, each part's mean, what was only measured, sequence KL to the reference, length, truncation, distinct-2."""
         total = self.rewards.total[self.rewards.scored]
         lengths = [sum(r.sampled) for r in self.rollouts]
         found = {
@@ -61,7 +63,12 @@ class Assessment:
             "truncated": sum(r.stop == "length" for r in self.rollouts) / len(self.rollouts),
             "distinct_2": distinct([t.completion for t in self.texts], 2),
         }
-        return found | {f"reward/{name}": float(value[~value.isnan()].mean()) for name, value in self.rewards.parts.items() if (~value.isnan()).any()}
+        for kind, values in (("reward", self.rewards.parts), ("measure", self.measured)):
+            for name, value in values.items():
+                kept = value[~value.isnan()]
+                if len(kept):
+                    found |= {f"{kind}/{name}": float(kept.mean()), f"{kind}/{name}_std": float(kept.std()) if len(kept) > 1 else 0.0}
+        return found | ({} if math.isnan(self.kl) else {"kl": self.kl})
 
 
 def assess(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -86,7 +87,7 @@ def _anchor(config: Config, policy: Policy, pairs: Sequence[Pair], device: torch
     if config.reference is not None:
         other = opening.policy_of(opening.language_model(config.reference, None, tuple, 0)[0], device)
         return score_pairs(likelihoods(other), pairs, config.micro_tokens, device)
-    with adapter_off(policy.lm):
+    with adapter_off(policy.lm) if config.lora is not None else nullcontext():
         return score_pairs(likelihoods(policy), pairs, config.micro_tokens, device)
 
 

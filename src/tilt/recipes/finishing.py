@@ -12,13 +12,14 @@ from tilt.runs.directory import RunDirectory
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its directory, the checkpoint it wrote (the directory itself where none), and its measures before and after."""
+    """A finished run: its directory, the checkpoint it wrote (the directory itself where none), its measures before and after, and
+    (prompt, answer before, answer after) for held-out prompts where answers were sampled."""
 
     directory: RunDirectory
     checkpoint: Path
     before: Mapping[str, float] = field(default_factory=dict)
     after: Mapping[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    answers: tuple[tuple[str, str, str], ...] = ()
 
 
 def saved(directory: RunDirectory, step: int, write: Callable[[Path], None], wanted: bool) -> Path:

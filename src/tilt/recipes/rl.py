@@ -41,7 +41,7 @@ from tilt.runs.directory import RunDirectory
 from tilt.runs.journal import Journal, Sample
 from tilt.sampling.sampler import Sampler
 
-IMPORTANT = ("reward", "eval/reward", "kl", "entropy", "length/mean", "policy/clipfrac_avg", "grad_norm", "tokens_per_second", "time/step")
+IMPORTANT = ("reward", "eval/reward", "eval/kl", "kl", "entropy", "length/mean", "policy/clipfrac_avg", "grad_norm", "tokens_per_second", "time/step")
 
 
 class Config(Training):
@@ -50,6 +50,7 @@ class Config(Training):
     algorithm: Annotated[str, Field(description="a name of `tilt algorithms`, or file.py:NAME")] = "grpo"
     objective: Annotated[dict[str, Any], Field(description="slots of the row to change, such as {surrogate: {high: 0.28}}")] = {}
     reward: Annotated[Any, Field(description="file.py:function, a rule, a reward model, or a weighted list of them")]
+    measure: Annotated[Any, Field(description="further rewards that are measured on held-out answers and never trained on")] = None
     missing_stop_penalty: Annotated[float, Field(ge=0.0, description="taken from the reward of an answer that was cut at max_tokens")] = 0.0
     reference: Annotated[str | None, Field(description="the KL anchor; without it the policy as it starts")] = None
     critic: Annotated[Literal["auto", "reward_model", "policy", "shared"], Field(description="what the critic starts from, where the row needs one; auto = the reward model where there is one with the policy's tokens, else the policy")] = "auto"
@@ -108,7 +109,7 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
             rewards = parts.scoring.score(rollouts, texts)
         batch = pack(rollouts)
         with clock("evaluate"):
-            signals = learner.evaluate(batch, wanted(objective, learner.settings), temperature=temperature)
+            signals = ended(learner.evaluate(batch, wanted(objective, config, learner.settings), temperature=temperature))
         experience = objective.prepare(rewards, signals, batch.layout)
         with clock("update"):
             report = _update(learner, batch, experience, objective, directory, temperature, step, only_critic=step < config.critic_warmup)
@@ -130,10 +131,26 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
     return first, last, step + 1
 
 
-def wanted(objective: Objective, settings: Passes) -> frozenset[str]:
-    """Signals to evaluate: with one optimizer step a batch `old` is the policy's own forward pass, unless the credit reads it; the reference also gives the KL."""
-    needs = objective.needs
+def wanted(objective: Objective, config: Config, settings: Passes) -> frozenset[str]:
+    """Signals to evaluate: with one optimizer step a batch `old` is the policy's own forward pass, unless the credit reads it; a KL to be watched needs the reference."""
+    needs = objective.needs | (frozenset({"reference"}) if config.max_kl is not None else frozenset())
     return needs if settings.steps > 1 or "old" in objective.credit.needs else needs - {"old"}
+
+
+def ended(signals: Signals) -> Signals:
+    """Signals whose value after the last action is 0: an answer's score is its last reward, also where the answer was cut."""
+    return replace(signals, final=torch.zeros_like(signals.final))
+
+
+def divergence(learner: Learner, temperature: float) -> Callable[[Sequence[Rollout]], float]:
+    """Mean over answers of the log-ratio of policy to reference, summed over actions: an estimate of the sequence KL, nats."""
+
+    def measure(rollouts: Sequence[Rollout]) -> float:
+        batch = pack(rollouts)
+        signals = learner.evaluate(batch, frozenset({"old", "reference"}), temperature=temperature)
+        return float((signals.old - signals.reference).sum() / batch.layout.sequences)
+
+    return measure
 
 
 def measures(objective: Objective, rewards: Rewards, signals: Signals, batch: Pack, rollouts: Sequence[Rollout], report: Report) -> dict[str, float]:
@@ -252,9 +269,11 @@ def run(config: Config) -> Result:
         critic_optimizer=None if critic is None else Optimizer(critic, replace(settings, lr=config.critic_lr or settings.lr), total),
         settings=Passes(config.passes, config.minibatches, config.micro_tokens), seed=config.seed, autocast=opening.precision(config, device),
     )  # fmt: skip
+    trial = Trial.of(policy, tokenizer, held or prompts, judged, sampling, config.eval, seed=config.seed, slots=config.sampling.slots)
+    trial = replace(trial, also=None if config.measure is None else scoring(config.measure, tokenizer, device), divergence=divergence(learner, sampling.temperature))
     parts = Parts(
         Stream(prompts, config.seed), Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots), judged, learner, objective,
-        Trial.of(policy, tokenizer, held or prompts, judged, sampling, config.eval, seed=config.seed, slots=config.sampling.slots), tokenizer,
+        trial, tokenizer,
     )  # fmt: skip
     if config.prompts > len(prompts):
         raise UsageError(f"prompts {config.prompts}: the data have only {len(prompts)} training prompts; set prompts to at most that")
@@ -275,7 +294,8 @@ def run(config: Config) -> Result:
             if fingerprint(frozen[role]) != mark:
                 raise NumericError(f"the {role} changed during training: this is a defect of Tilt, and the run cannot be trusted")
             journal.note(f"unchanged  {role} {mark[:12]}")
-    return Result(directory, checkpoint, before.metrics, after.metrics)
+    answers = tuple((b.prompt, b.completion, a.completion) for b, a in zip(before.texts, after.texts, strict=True))
+    return Result(directory, checkpoint, before.metrics, after.metrics, answers)
 
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tilt.data.rendering import Renderer
-from tilt.data.rollouts import Prompt, Sampling
+from tilt.data.rollouts import Prompt, Rollout, Sampling
 from tilt.learning.evaluation import Assessment, assess
 from tilt.models.policy import Policy
 from tilt.recipes import settings
@@ -29,11 +29,17 @@ class Trial:
     scoring: Scoring
     sampling: Sampling
     samples: int
+    also: Scoring | None = None
+    divergence: Callable[[Sequence[Rollout]], float] = lambda rollouts: float("nan")
 
     @staticmethod
-    def of(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], scoring: Scoring, sampling: Sampling, given: settings.Evaluation, *, seed: int, slots: int) -> Trial:
+    def of(
+        policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], scoring: Scoring, sampling: Sampling, given: settings.Evaluation, *, seed: int, slots: int
+    ) -> Trial:
         own = replace(sampling, temperature=given.temperature, top_p=given.top_p, top_k=given.top_k)
         return Trial(Sampler(policy.lm, tokenizer, sampling, seed=seed, slots=slots), list(prompts)[: given.prompts], scoring, own, given.samples)
 
     def __call__(self) -> Assessment:
-        return assess(self.sampler, self.prompts, self.scoring, self.scoring.read, samples=self.samples, sampling=self.sampling)
+        found = assess(self.sampler, self.prompts, self.scoring, self.scoring.read, samples=self.samples, sampling=self.sampling)
+        measured = {} if self.also is None else self.also(found.rollouts).parts
+        return replace(found, measured=measured, kl=self.divergence(found.rollouts))

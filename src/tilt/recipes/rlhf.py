@@ -1,0 +1,147 @@
+"""The pipeline of reinforcement learning from human feedback, in one directory: (pretrain →) SFT → reward model (→ judge) → RL."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+from rich.console import Console
+from rich.table import Table
+
+from tilt.config import Section
+from tilt.recipes import opening, pretrain, reward_model, rl, sft
+from tilt.recipes.finishing import Result
+from tilt.recipes.pretrain import Config as Pretrain
+from tilt.recipes.reward_model import Config as RewardModel
+from tilt.recipes.rl import Config as Reinforce
+from tilt.recipes.settings import Data, Run, Scratch
+from tilt.recipes.sft import Config as Finetune
+from tilt.runs.files import atomic_write
+from tilt.runs.journal import Journal
+from tilt.runs.text import inert
+
+PENDING = "(the model of the stage before)"
+SHARED = ("seed", "threads", "device", "dtype", "log_every", "quiet")
+
+
+class Config(Run):
+    """Every stage in turn; each takes its settings from its own section, and data and model from here."""
+
+    model: Annotated[str | Scratch, Field(description="what the first stage starts from")]
+    data: Data
+    tokenizer: str | None = None
+    pretrain: Annotated[Pretrain | None, Field(description="next-token prediction before SFT; null skips it")] = None
+    sft: Finetune
+    reward_model: RewardModel
+    judge: Annotated[RewardModel | None, Field(description="a second reward model on the other half of the prompts, which measures and is never trained against")] = None
+    rl: Reinforce
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share(cls, given: Any) -> Any:
+        """Each stage's section, completed with what the pipeline gives it; what the section says itself stands."""
+        if not isinstance(given, Mapping):
+            return given
+        data = given.get("data")
+        base = {"source": data} if isinstance(data, str) else dict(data) if isinstance(data, Mapping) else {}
+        halves = {"reward_model": "first", "judge": "second"} if given.get("judge") is not None else {}
+        defaults: dict[str, dict[str, Any]] = {"pretrain": {"read_as": "preference"}, "sft": {}, "reward_model": {}, "judge": {}, "rl": {"reward": {"model": PENDING}}}
+        made = dict(given)
+        for stage, extra in defaults.items():
+            own = made.get(stage, {} if stage in ("sft", "reward_model", "rl") else None)
+            if not isinstance(own, Mapping):
+                continue
+            half = {"half": halves[stage]} if stage in halves else {}
+            rows = own.get("data", {})
+            rows = {"source": rows} if isinstance(rows, str) else rows
+            made[stage] = {"model": PENDING, **extra, **own, "data": {**base, **half, **rows} if isinstance(rows, Mapping) else rows}
+        return made
+
+
+def run(config: Config) -> Result:
+    """Every stage in `<run>/<stage>/`, each an ordinary run with a config.yaml that reruns it alone, and one report table."""
+    opening.settle(config)
+    directory, journal = opening.directory(config, "rlhf", config.model if isinstance(config.model, str) else config.model.kind, 1, ())
+    rows: list[list[str]] = []
+    model: str | Scratch = config.model
+    began = time.perf_counter()
+
+    def stage(name: str, do: Callable[[Any], Result], settings: Section, report: Callable[[Result], list[list[str]]], **more: Any) -> Result:
+        start = time.perf_counter()
+        shared = {key: getattr(config, key) for key in SHARED if key not in settings.model_fields_set}
+        journal.note(f"── {name} " + "─" * max(0, 70 - len(name)))
+        result = do(settings.model_copy(update=shared | {"name": name, "root": directory.path, "tokenizer": config.tokenizer} | more))
+        rows.extend([name, *row] for row in [*report(result), ["seconds", "", f"{time.perf_counter() - start:.0f}"]])
+        return result
+
+    def start_of(settings: Any) -> str | Scratch:
+        return model if settings.model == PENDING else settings.model
+
+    with journal:
+        if config.pretrain is not None:
+            model = str(stage("pretrain", pretrain.run, config.pretrain, _likelihood, model=start_of(config.pretrain)).checkpoint)
+        base = model
+        model = str(stage("sft", sft.run, config.sft, _likelihood, model=start_of(config.sft)).checkpoint)
+        scored = stage("reward_model", reward_model.run, config.reward_model, _accuracy, model=_body(config.reward_model, base, model))
+        extra: dict[str, Any] = {"model": start_of(config.rl), "reward": _filled(config.rl.reward, str(scored.checkpoint))}
+        if config.judge is not None:
+            judge = stage("judge", reward_model.run, config.judge, _accuracy, model=_body(config.judge, base, model), seed=config.seed + 1)
+            extra["measure"] = config.rl.measure or {"model": str(judge.checkpoint), "name": "judge"}
+        final = stage("rl", rl.run, config.rl, _improvement, **extra)
+        rows.append(["all", "seconds", "", f"{time.perf_counter() - began:.0f}"])
+        text = _report(rows, final)
+        atomic_write(directory.path / "report.md", text.encode())
+        journal.note(text)
+    return Result(directory, final.checkpoint, final.before, final.after, final.answers)
+
+
+def _body(settings: RewardModel, base: str | Scratch, policy: str) -> str | Scratch:
+    """What a reward model starts from: what its section says, else the SFT model."""
+    return policy if settings.model == PENDING else settings.model
+
+
+def _filled(reward: Any, path: str) -> Any:
+    """The reward with the pipeline's own reward model in place of the one that was pending."""
+    if isinstance(reward, Mapping):
+        return {key: path if value == PENDING else value for key, value in reward.items()}
+    return [_filled(item, path) for item in reward] if isinstance(reward, list | tuple) else reward
+
+
+def _likelihood(result: Result) -> list[list[str]]:
+    return [["held-out nll, nats a token", f"{result.before.get('nll', float('nan')):.3f}", f"{result.after.get('nll', float('nan')):.3f}"]]
+
+
+def _accuracy(result: Result) -> list[list[str]]:
+    return [["held-out accuracy", f"{result.before.get('accuracy', float('nan')):.3f}", f"{result.after.get('accuracy', float('nan')):.3f}"]]
+
+
+def _improvement(result: Result) -> list[list[str]]:
+    """Held-out measures before and after, and the rise of every score in deviations of the SFT model's own scores."""
+    before, after = result.before, result.after
+    found = []
+    for name, label in (("reward", "reward"), *((k, k.partition("/")[2]) for k in before if k.startswith("measure/") and not k.endswith("_std"))):
+        rise = (after[name] - before[name]) / max(before[f"{name}_std"], 1e-9)
+        found.append([f"{label}: mean score", f"{before[name]:.3f}", f"{after[name]:.3f}"])
+        found.append([f"{label}: rise in SFT deviations", "", f"{rise:+.2f}"])
+    for name, label in (("kl", "sequence KL to the reference, nats"), ("length", "answer length, tokens"), ("truncated", "truncated"), ("distinct_2", "distinct-2")):
+        if name in after:
+            found.append([label, f"{before[name]:.3f}", f"{after[name]:.3f}"])
+    return found
+
+
+def _report(rows: list[list[str]], final: Result) -> str:
+    """The report: one table over all stages, and five held-out prompts answered before and after."""
+    console = Console(width=110, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    table = Table("stage", "measure", "before", "after", title="the whole road")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    lines = [console.export_text(), "five held-out prompts, before and after", ""]
+    for prompt, before, after in final.answers[:5]:
+        lines += [f"prompt  {inert(prompt)}", f"before  {inert(before)}", f"after   {inert(after)}", ""]
+    return "\n".join(lines)
+
+
