@@ -57,6 +57,9 @@ CASES: dict[str, tuple[dict[str, Any], str, str, bool, dict[str, Any]]] = {
         {"chosen": [*Q, *A, user("2"), bot("c")], "rejected": [*Q, *B]},
         "preference", "preference", True, {"prompt": Q, "chosen": [*A, user("2"), bot("c")], "rejected": B},
     ),
+    "implicit pair of equal sides": (
+        {"chosen": [*Q, *A], "rejected": [*Q, *A]}, "preference", "preference", True, {"prompt": Q, "chosen": A, "rejected": A},
+    ),
     "hh pair": (
         {"chosen": HH + "\n\nAssistant: c: d", "rejected": HH + "\n\nAssistant:"},
         "preference", "preference", True, {"prompt": [user("Hi"), bot("Yes?"), user("Why")], "chosen": [bot("c: d")], "rejected": [bot("")]},
