@@ -23,7 +23,17 @@ from tilt.sampling.sampler import Sampler
 def main() -> None:
     """Print a table: milliseconds a step of each, median and quartiles, and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("prompts", 8), ("samples", 8), ("length", 32), ("tokens", 64), ("repeat", 5), ("layers", 4), ("width", 128), ("vocabulary", 512), ("threads", 2)):
+    for name, default in (
+        ("prompts", 8),
+        ("samples", 8),
+        ("length", 32),
+        ("tokens", 64),
+        ("repeat", 5),
+        ("layers", 4),
+        ("width", 128),
+        ("vocabulary", 512),
+        ("threads", 2),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -50,7 +60,9 @@ def main() -> None:
         assert out.shape[1] == o.length + o.tokens
 
     size = sum(p.numel() for p in lm.parameters()) / 1e6
-    print(f"{size:.2f} M parameters, {o.prompts} prompts of {o.length} tokens × {o.samples} answers of {o.tokens}, {o.device} {o.dtype}, {o.threads} threads")
+    print(
+        f"{size:.2f} M parameters, {o.prompts} prompts of {o.length} tokens × {o.samples} answers of {o.tokens}, {o.device} {o.dtype}, {o.threads} threads"
+    )
     table = interleave({"transformers generate": theirs, "tilt": ours}, o.repeat)
     print(f"{'':24}{'ms a step':>12}{'quartiles':>18}{'tokens a second':>18}")
     for name, seconds in table.items():

@@ -72,7 +72,22 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"tilt {__version__}\n"
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("quickstart", "run", "pretrain", "sft", "rm", "dpo", "rl", "rlhf", "algorithms", "data", "runs", "env", "chat", "generate"):
+    for name in (
+        "quickstart",
+        "run",
+        "pretrain",
+        "sft",
+        "rm",
+        "dpo",
+        "rl",
+        "rlhf",
+        "algorithms",
+        "data",
+        "runs",
+        "env",
+        "chat",
+        "generate",
+    ):
         assert f"\n  {name} " in shown
     assert main([]) == 0 and "Commands:" in capsys.readouterr().out
 
@@ -107,7 +122,17 @@ def test_run_takes_the_recipe_from_the_file(ran: list[Any], tmp_path: Path) -> N
     assert main(["run", "a.yaml", "steps=4"]) == 0 and ran == [ToyConfig(steps=4)]
 
 
-@pytest.mark.parametrize("command, name", [("ppo", "ppo"), ("grpo", "grpo"), ("rloo", "rloo"), ("gspo", "gspo"), ("reinforce-pp", "reinforce_pp"), ("reinforce_pp", "reinforce_pp")])
+@pytest.mark.parametrize(
+    "command, name",
+    [
+        ("ppo", "ppo"),
+        ("grpo", "grpo"),
+        ("rloo", "rloo"),
+        ("gspo", "gspo"),
+        ("reinforce-pp", "reinforce_pp"),
+        ("reinforce_pp", "reinforce_pp"),
+    ],
+)
 def test_an_algorithm_is_a_command(ran: list[Any], command: str, name: str) -> None:
     assert main([command, "--steps", "5", "--quiet"]) == 0 and ran == [ToyConfig(algorithm=name, steps=5, quiet=True)]
 
@@ -141,8 +166,16 @@ def test_words_that_begin_like_switches_are_settings(ran: list[Any]) -> None:
     (["rl", "--steps"], ["`--steps` has no value"]),
     (["rl", "broken.yaml"], ["broken.yaml:2:1: not valid YAML"]),
 ])  # fmt: skip
-def test_bad_input_is_a_usage_error(ran: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: list[str]) -> None:
-    for name, text in (("a.yaml", ""), ("sft.yaml", "recipe: sft\n"), ("typo.yaml", "recipe: rlfh\n"), ("bare.yaml", "steps: 1\n"), ("broken.yaml", "a: [\n")):
+def test_bad_input_is_a_usage_error(
+    ran: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: list[str]
+) -> None:
+    for name, text in (
+        ("a.yaml", ""),
+        ("sft.yaml", "recipe: sft\n"),
+        ("typo.yaml", "recipe: rlfh\n"),
+        ("bare.yaml", "steps: 1\n"),
+        ("broken.yaml", "a: [\n"),
+    ):
         (tmp_path / name).write_text(text)
     assert main(words) == 2 and ran == []
     shown = capsys.readouterr().err
@@ -158,7 +191,9 @@ def test_bad_input_is_a_usage_error(ran: list[Any], tmp_path: Path, capsys: pyte
     (KeyboardInterrupt(), 130, "interrupted"),
     (RuntimeError("boom"), 1, "error: RuntimeError: boom\n  at "),
 ])  # fmt: skip
-def test_exit_codes(ran: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, expected: str) -> None:
+def test_exit_codes(
+    ran: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, expected: str
+) -> None:
     raising(monkeypatch, error)
     assert main(["rl"]) == code
     shown = capsys.readouterr().err
@@ -191,7 +226,9 @@ def test_exit_codes_of_the_process(body: str, code: int) -> None:
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == code
 
 
-def test_overwrite_replaces_a_run_and_keeps_it_when_the_new_one_fails(ran: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_overwrite_replaces_a_run_and_keeps_it_when_the_new_one_fails(
+    ran: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def run(config: ToyConfig) -> None:
         assert config.name is not None
         create(config.root, config.name, config_yaml=f"steps: {config.steps}\n", command="")
@@ -211,7 +248,9 @@ def test_overwrite_replaces_a_run_and_keeps_it_when_the_new_one_fails(ran: list[
 def test_settings_are_listed(ran: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rl", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.split() == ["optimizer.lr", "0.0001", "how", "fast"] for line in lines) and any(line.split() == ["steps", "1", "how", "many"] for line in lines)
+    assert any(line.split() == ["optimizer.lr", "0.0001", "how", "fast"] for line in lines) and any(
+        line.split() == ["steps", "1", "how", "many"] for line in lines
+    )
 
 
 def test_the_table_of_algorithms(capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +287,9 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_data_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "d.jsonl"
-    file.write_text("\n".join(json.dumps({"prompt": f"q{i}\x1b[31m", "chosen": "good", "rejected": "b" * i, "n": i or None}) for i in range(5)))
+    file.write_text(
+        "\n".join(json.dumps({"prompt": f"q{i}\x1b[31m", "chosen": "good", "rejected": "b" * i, "n": i or None}) for i in range(5))
+    )
     assert main(["data", "show", str(file)]) == 0
     shown = capsys.readouterr().out
     assert "5 rows" in shown and "read as preference" in shown and "4 of 5" in shown and "example 2" in shown and "example 3" not in shown
@@ -259,7 +300,9 @@ def test_data_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("text, name, code, expected", [
     ("", "d.jsonl", 3, "empty"), ('{"a": 1}\n{"a"\n', "d.jsonl", 3, "line 2"), ('{"a": 1}\n', "d.jsonl", 3, "columns found: a"), (None, "none.jsonl", 3, "no such file"),
 ])  # fmt: skip
-def test_bad_data_is_a_data_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, name: str, code: int, expected: str) -> None:
+def test_bad_data_is_a_data_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, name: str, code: int, expected: str
+) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
     assert main(["data", "show", str(tmp_path / name)]) == code and expected in capsys.readouterr().err

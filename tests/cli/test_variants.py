@@ -13,7 +13,7 @@ from tilt.errors import UsageError
 from tilt.objectives import ALGORITHMS, GAE, K3, PREFERENCES, Clip, GroupRelative, NoPenalty, Objective, TwoSided
 from tilt.recipes.variants import VariantError, origin, override, resolve, resolve_preference
 
-VARIANT = '''
+VARIANT = """
 from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
@@ -31,7 +31,7 @@ class Soft:
 SOFT = replace(ALGORITHMS["grpo"], surrogate=Soft())
 NOT_A_ROW = 3
 KIND = Objective
-'''
+"""
 
 
 @pytest.fixture

@@ -113,7 +113,9 @@ def test_every_action_has_its_own_past_before_it(rollouts: list[Rollout]) -> Non
     made = pack(rollouts)
     assert contexts(made) == [expected(rollout) for rollout in rollouts]
     assert [made.tokens[i].item() for i in made.last_tokens] == [rollout.tokens[-1] for rollout in rollouts]
-    assert len(made.tokens) == sum(len(r.tokens) for r in rollouts) + sum(len(p) for _, p in {(r.prompt.id, r.prompt.tokens) for r in rollouts})
+    assert len(made.tokens) == sum(len(r.tokens) for r in rollouts) + sum(
+        len(p) for _, p in {(r.prompt.id, r.prompt.tokens) for r in rollouts}
+    )
     ends = (made.segments.start + made.segments.length).tolist()
     assert made.segments.start.tolist() == [0, *ends[:-1]] and ends[-1] == len(made.tokens), "the segments tile the row"
 

@@ -24,7 +24,9 @@ def file(name: str, upstream: str, content: bytes) -> File:
     return File(name, upstream, len(content), hashlib.sha256(content).hexdigest())
 
 
-TOY = PublicSet("toy", "org/repo", "c0ffee", "MIT", "a test", (file("rows.jsonl", "data/rows.jsonl", CONTENT),), (file("LICENSE", "LICENSE", LICENCE),))
+TOY = PublicSet(
+    "toy", "org/repo", "c0ffee", "MIT", "a test", (file("rows.jsonl", "data/rows.jsonl", CONTENT),), (file("LICENSE", "LICENSE", LICENCE),)
+)
 
 
 class Server:

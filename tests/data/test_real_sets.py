@@ -104,7 +104,9 @@ def test_hh_dialogues(opened: Open) -> None:
 
 def test_gsm8k_gold(opened: Open) -> None:
     train, test = opened("gsm8k", "prompt").rows, opened("gsm8k/test", "prompt").rows
-    assert [train[n]["gold"] for n in (5715, 5844, 6189)] == ["-7", "-47", "-12"] and test[489]["gold"] == "-10" and test[1113]["gold"] == "-3"
+    assert (
+        [train[n]["gold"] for n in (5715, 5844, 6189)] == ["-7", "-47", "-12"] and test[489]["gold"] == "-10" and test[1113]["gold"] == "-3"
+    )
     assert sum("," in row["answer"].rpartition("####")[2] for row in train) == 79
     assert all(row["gold"].lstrip("-").isdigit() for row in train + test)
     assert sum(int(row["gold"]) > 1_000_000 for row in train) == 15

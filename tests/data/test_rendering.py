@@ -125,7 +125,10 @@ def test_train_on_chooses_what_is_trained(bpe: Any, template: str) -> None:
 
 
 def test_tool_output_is_not_trained(bpe: Any) -> None:
-    row = {"messages": [user("now?"), bot("clock()"), {"role": "tool", "content": "noon"}, bot("It is noon.")], "tools": [{"name": "clock"}]}
+    row = {
+        "messages": [user("now?"), bot("clock()"), {"role": "tool", "content": "noon"}, bot("It is noon.")],
+        "tools": [{"name": "clock"}],
+    }
     example = renderer(bpe, "tilt", train_on="assistant").demonstration(row, 0)
     assert trained(example, bpe) == ["clock()<|end|>", "It is noon.<|end|>"]
     assert '"clock"' in bpe.decode(example.prompt.tokens) and "<|tool|>noon<|end|>" in bpe.decode(example.tokens)
@@ -277,7 +280,9 @@ def test_a_template_that_refuses_is_a_plain_error(bpe: Any) -> None:
     with pytest.raises(DataError, match="refuses"):
         renderer(bpe, "{% for m in messages %}{{ m.content").prompt({"prompt": "two"}, 0)
     with pytest.raises(DataError, match=r"does not show turn 0 \(system\)"):
-        renderer(bpe, "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}<|end|>{% endif %}{% endfor %}", train_on="assistant").demonstration(TALK, 0)
+        renderer(
+            bpe, "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}<|end|>{% endif %}{% endfor %}", train_on="assistant"
+        ).demonstration(TALK, 0)
 
 
 def test_a_named_template_is_saved_with_the_tokenizer(base: Any, tmp_path: Path) -> None:
@@ -305,7 +310,9 @@ def test_show_marks_each_trained_token(digits: Any) -> None:
 # --- tokenizers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [lambda: train_bpe(CORPUS, 300), lambda: characters("".join(CORPUS) + "ab"), lambda: words(["two", "and"])])
+@pytest.mark.parametrize(
+    "make", [lambda: train_bpe(CORPUS, 300), lambda: characters("".join(CORPUS) + "ab"), lambda: words(["two", "and"])]
+)
 def test_a_trained_tokenizer_reopens_plainly(make: Any, tmp_path: Path) -> None:
     made = make()
     made.save_pretrained(tmp_path)

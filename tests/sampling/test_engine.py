@@ -20,7 +20,15 @@ from tilt.sampling.sampler import Sampler
 VOCABULARY = 23
 END = 3
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": END, "pad_token_id": 1}
-LAYERED = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 48}
+LAYERED = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 48,
+}
 SHAPES: dict[str, dict[str, object]] = {
     "qwen3": LAYERED,
     "llama": {**LAYERED, "num_key_value_heads": 1},
@@ -51,7 +59,9 @@ def prompts(lengths: Sequence[int] = (1, 7, 3, 12, 5, 5, 2)) -> list[Prompt]:
     return [Prompt(tuple(rng.randrange(VOCABULARY) for _ in range(n)), 10 + i) for i, n in enumerate(lengths)]
 
 
-def by_rereading(lm: PreTrainedModel, prompt: Prompt, sample: int, sampling: Sampling, *, seed: int, step: int, implementation: str = "eager") -> tuple[list[int], list[float]]:
+def by_rereading(
+    lm: PreTrainedModel, prompt: Prompt, sample: int, sampling: Sampling, *, seed: int, step: int, implementation: str = "eager"
+) -> tuple[list[int], list[float]]:
     """One answer by a whole forward of transformers' own attention for every token, and a plain loop over the cumulative sum."""
     compat.use_attention(lm, implementation)
     key = keys(seed, "train", step, [prompt.id], [sample])

@@ -65,7 +65,9 @@ def test_each_prompt_is_read_once_and_kept_while_an_answer_needs_it(slots: int) 
     assert forward.groups == [] and not queue.unfinished.any()
     found = queue.results()
     assert [len(answers) for answers in found] == counts
-    assert all((a.stop == "stop") == (a.tokens[-1] == 7) and 7 not in a.tokens[:-1] and len(a.tokens) <= 12 for answers in found for a in answers)
+    assert all(
+        (a.stop == "stop") == (a.tokens[-1] == 7) and 7 not in a.tokens[:-1] and len(a.tokens) <= 12 for answers in found for a in answers
+    )
     assert steps <= 12 if slots == 1000 else steps >= sum(len(a.tokens) for answers in found for a in answers) / slots
 
 

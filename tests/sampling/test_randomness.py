@@ -52,7 +52,11 @@ def test_parts_do_not_trade_places() -> None:
 
 def test_no_collisions_over_a_run() -> None:
     """400 steps × 32 prompts × 8 samples, negative and large seeds included: all keys differ; so do 200 positions of 5,000 of them."""
-    found = [keys(seed, "train", step, np.repeat(np.arange(32), 8).tolist(), np.tile(np.arange(8), 32).tolist()) for seed in (0, -1, 2**63) for step in range(400)]
+    found = [
+        keys(seed, "train", step, np.repeat(np.arange(32), 8).tolist(), np.tile(np.arange(8), 32).tolist())
+        for seed in (0, -1, 2**63)
+        for step in range(400)
+    ]
     every = np.concatenate(found)
     assert len(np.unique(every)) == len(every) == 3 * 400 * 256
     some = uniforms(np.repeat(every[:5000], 200), np.tile(np.arange(200), 5000))
@@ -62,7 +66,11 @@ def test_no_collisions_over_a_run() -> None:
 def test_uniform_along_positions_and_along_keys() -> None:
     """χ² with 64 cells, and the mean and serial correlation, within four standard deviations."""
     key = keys(5, "train", 0, list(range(20_000)), [0] * 20_000)
-    for draws in (uniforms(key, np.full(20_000, 3)), uniforms(np.repeat(key[:1], 20_000), np.arange(20_000)), uniforms(np.repeat(key[:200], 100), np.tile(np.arange(100), 200))):
+    for draws in (
+        uniforms(key, np.full(20_000, 3)),
+        uniforms(np.repeat(key[:1], 20_000), np.arange(20_000)),
+        uniforms(np.repeat(key[:200], 100), np.tile(np.arange(100), 200)),
+    ):
         assert draws.min() >= 0 and draws.max() < 1
         cells = np.bincount((draws * 64).astype(int), minlength=64)
         chi2 = float(((cells - len(draws) / 64) ** 2 / (len(draws) / 64)).sum())

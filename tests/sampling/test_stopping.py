@@ -19,7 +19,12 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"], show_progress=False))
+    tokenizer.train_from_iterator(
+        lines,
+        trainers.BpeTrainer(
+            vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"], show_progress=False
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
 
@@ -85,6 +90,18 @@ def test_several_rows_at_once_and_only_suspects_are_decoded() -> None:
     assert asked == [995, 996]
 
 
-@pytest.mark.parametrize(("string", "piece", "can"), [("</a>", "a>b", True), ("</a>", "</a", False), ("</a>", "x</a>y", True), ("\n\n", "\n", True), ("ab", "b", True), ("ab", "a", False), ("ab", "cb", False), ("ab", "ba", True)])
+@pytest.mark.parametrize(
+    ("string", "piece", "can"),
+    [
+        ("</a>", "a>b", True),
+        ("</a>", "</a", False),
+        ("</a>", "x</a>y", True),
+        ("\n\n", "\n", True),
+        ("ab", "b", True),
+        ("ab", "a", False),
+        ("ab", "cb", False),
+        ("ab", "ba", True),
+    ],
+)
 def test_ends_within(string: str, piece: str, can: bool) -> None:
     assert ends_within(string, piece) == can

@@ -11,7 +11,10 @@ import typer
 from tilt import __version__
 from tilt.errors import TiltError, UsageError
 
-Words = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE.yaml …] [key.sub=value …]", help="recipe files, later ones win; then settings", show_default=False)]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RECIPE.yaml …] [key.sub=value …]", help="recipe files, later ones win; then settings", show_default=False),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, show examples and sizes, train nothing")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="nothing on the terminal but errors; the files are complete")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run that has this name")]
@@ -71,7 +74,10 @@ _recipe("rlhf", "SFT → reward model → RL in one directory")
 @app.command()
 def algorithms(
     name: Annotated[str, typer.Argument(help="an algorithm, or file.py:NAME")] = "",
-    changes: Annotated[list[str] | None, typer.Argument(metavar="[slot.key=value …]", help="slots to change, as in surrogate.high=0.28", show_default=False)] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[slot.key=value …]", help="slots to change, as in surrogate.high=0.28", show_default=False),
+    ] = None,
 ) -> None:
     """The table of algorithms; with a name its card: formulas, models, what it is unbiased for."""
     from tilt.cli import show
@@ -184,7 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = _dispatch(words)
     except CLICK as error:
-        return _fail(f"{error.format_message()}\n`{' '.join(['tilt', *(w for w in words[:1] if w[0] != '-'), '--help'])}` shows the options", 2, full)
+        return _fail(
+            f"{error.format_message()}\n`{' '.join(['tilt', *(w for w in words[:1] if w[0] != '-'), '--help'])}` shows the options", 2, full
+        )
     except TiltError as error:
         return _fail(str(error), error.exit_code, full)
     except (KeyboardInterrupt, typer.Abort):
@@ -196,7 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from traceback import extract_tb
 
         last = extract_tb(error.__traceback__)[-1]
-        return _fail(f"{type(error).__name__}: {error}\n  at {last.filename}:{last.lineno}\n  this is not a known kind of mistake; --traceback shows all of it", 1, full)
+        return _fail(
+            f"{type(error).__name__}: {error}\n  at {last.filename}:{last.lineno}\n  this is not a known kind of mistake; --traceback shows all of it",
+            1,
+            full,
+        )
     if code == 130:
         print("\ninterrupted", file=sys.stderr)
     return code

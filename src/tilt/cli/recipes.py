@@ -103,7 +103,9 @@ def _agree(preset: Sequence[str], document: Document) -> None:
     for word in preset:
         key, _, value = word.partition("=")
         if document.values.get(key) != value:
-            raise UsageError(f"the command says {word}, but `{key}` is {document.values.get(key)!r} ({document.origins.get((key,), 'given')}): drop one")
+            raise UsageError(
+                f"the command says {word}, but `{key}` is {document.values.get(key)!r} ({document.origins.get((key,), 'given')}): drop one"
+            )
 
 
 def _module(name: str) -> Any:

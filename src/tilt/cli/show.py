@@ -41,7 +41,10 @@ def show_settings(command: str) -> None:
 
     usage = f"usage: tilt {command} [RECIPE.yaml …] [key.sub=value | --key.sub value …] [--dry-run] [--quiet] [--overwrite] [--traceback]"
     if command == "run":
-        _print(Text(usage), Text(f"The file says which recipe: `recipe:` is one of {', '.join(RECIPES)}. Their settings: `tilt sft --help` and so on."))
+        _print(
+            Text(usage),
+            Text(f"The file says which recipe: `recipe:` is one of {', '.join(RECIPES)}. Their settings: `tilt sft --help` and so on."),
+        )
         return
     _print(Text(usage + "\n"), _table(("setting", "default", "meaning"), settings(command)))
 
@@ -85,8 +88,17 @@ def show_data(source: str, tokenizer: str, want: str, examples: int) -> None:
     dataset = formats.read(found.rows, want=readings[0], source=found.name)
     others = f" (also possible: {', '.join(readings[1:])})" if readings[1:] else ""
     _print(Text(dataset.summary() + others))
-    texts = {key: [_plain(row[key]) for row in dataset.rows if key in row] for key in ("text", "prompt", "messages", "completion", "chosen", "rejected")}
-    _print(_table(("characters", "min", "median", "max", "histogram"), [[key, *_spread([len(v) for v in values])] for key, values in texts.items() if values], (1, 2, 3)))
+    texts = {
+        key: [_plain(row[key]) for row in dataset.rows if key in row]
+        for key in ("text", "prompt", "messages", "completion", "chosen", "rejected")
+    }
+    _print(
+        _table(
+            ("characters", "min", "median", "max", "histogram"),
+            [[key, *_spread([len(v) for v in values])] for key, values in texts.items() if values],
+            (1, 2, 3),
+        )
+    )
     shown = dataset.rows[:examples]
     if tokenizer:
         _print(*(Text(inert(line, newline="\n")) for line in _tokens(shown, dataset, tokenizer)))
@@ -112,7 +124,10 @@ def _tokens(rows: Sequence[dict[str, Any]], dataset: Any, tokenizer: str) -> lis
             pair = [row]
         for answered in pair:
             trained = any(key in answered for key in ("completion", "messages", "text"))
-            lines.append(f"\nexample {number}: " + (show(render.demonstration(answered, number), words) if trained else _asked(render.prompt(answered, number), words)))
+            lines.append(
+                f"\nexample {number}: "
+                + (show(render.demonstration(answered, number), words) if trained else _asked(render.prompt(answered, number), words))
+            )
     return lines
 
 
@@ -172,7 +187,15 @@ def show_runs(root: str, json: bool) -> None:
         print(f"no runs in {root}/")
         return
     rows = [
-        (inert(r.name), r.status, inert(r.recipe), inert(r.model), "–" if r.step is None else str(r.step), "–" if r.reward is None else number(r.reward), duration(r.age_seconds))
+        (
+            inert(r.name),
+            r.status,
+            inert(r.recipe),
+            inert(r.model),
+            "–" if r.step is None else str(r.step),
+            "–" if r.reward is None else number(r.reward),
+            duration(r.age_seconds),
+        )
         for r in found
     ]
     _print(_table(("run", "status", "algorithm", "model", "step", "reward", "age"), rows, (4, 5, 6)))
@@ -188,7 +211,10 @@ def show_environment() -> None:
     found = environment()
     print(f"tilt {found['tilt']}, python {found['python']}, {found['platform']}")
     print(", ".join(f"{name} {version or 'missing'}" for name, version in found["packages"].items()))
-    devices = [f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB)" for i in range(torch.cuda.device_count())]
+    devices = [
+        f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB)"
+        for i in range(torch.cuda.device_count())
+    ]
     print(f"devices: {', '.join(devices) or 'cpu only'}; processors {found['processors']}, threads {found['threads']}")
     print(f"memory: {_memory()}; disk here: {shutil.disk_usage('.').free / 2**30:.1f} GiB free")
     hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")

@@ -67,7 +67,13 @@ def generate(model: str, prompts: Sequence[str], samples: int, temperature: floa
 def _show(rollout: Rollout, prompt: str, found: Speaker, json: bool, several: bool) -> None:
     answer = found.text(rollout.tokens)
     if json:
-        record = {"prompt": prompt, "completion": answer, "stop": rollout.stop, "tokens": len(rollout.tokens), "logprob": sum(rollout.logprobs)}
+        record = {
+            "prompt": prompt,
+            "completion": answer,
+            "stop": rollout.stop,
+            "tokens": len(rollout.tokens),
+            "logprob": sum(rollout.logprobs),
+        }
         print(json_text.dumps(record, ensure_ascii=False))
         return
     if several:
@@ -140,7 +146,11 @@ def _answer(found: Speaker, prompt: Prompt, seed: int, number: int) -> str:
         sys.stdout.flush()
         printed = max(printed, len(whole))
 
-    request = engine.Request(np.array(prompt.tokens, dtype=np.int64), keys(seed, "chat", number, [number], [0]), min(found.sampling.max_tokens, context - len(prompt.tokens)))
+    request = engine.Request(
+        np.array(prompt.tokens, dtype=np.int64),
+        keys(seed, "chat", number, [number], [0]),
+        min(found.sampling.max_tokens, context - len(prompt.tokens)),
+    )
     answer = engine.generate(found.lm, [request], found.sampling, Watched(found, listen), 1)[0][0]
     text = found.text(answer.tokens)
     print(inert(text[printed:], newline="\n") + ("" if answer.stop == "stop" else "  [cut: max_tokens]"))

@@ -8,4 +8,18 @@ from tilt.config.names import hint, nearest
 from tilt.config.pieces import build_piece
 from tilt.config.schema import Section, dump, gather, load, parse, recipe_name
 
-__all__ = ["Document", "Section", "build_piece", "dump", "gather", "hint", "load", "nearest", "override", "parse", "read_file", "read_value", "recipe_name"]
+__all__ = [
+    "Document",
+    "Section",
+    "build_piece",
+    "dump",
+    "gather",
+    "hint",
+    "load",
+    "nearest",
+    "override",
+    "parse",
+    "read_file",
+    "read_value",
+    "recipe_name",
+]

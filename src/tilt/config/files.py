@@ -44,7 +44,9 @@ class _Dumper(yaml.SafeDumper):
 
 for _name, (_pattern, _first) in SCALARS.items():
     for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), ["" if c == "\0" else c for c in _first])
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), ["" if c == "\0" else c for c in _first]
+        )
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -192,7 +194,11 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not equals:
             value = next(rest, None) if dashed else None
             if value is None or value.startswith("--"):
-                mend = f"`{word} VALUE`, for a switch `{word} true`" if dashed else "`key=value`, `key.sub=value` or `--key value`; a recipe file ends in .yaml or .toml"
+                mend = (
+                    f"`{word} VALUE`, for a switch `{word} true`"
+                    if dashed
+                    else "`key=value`, `key.sub=value` or `--key value`; a recipe file ends in .yaml or .toml"
+                )
                 raise UsageError(f"`{word}` has no value: write {mend}")
             text = value
         if not all(name.split(".")):
@@ -213,7 +219,9 @@ def _set(document: Document, path: Key, value: Any, origin: str) -> None:
             here.setdefault(key, None)
         else:
             set_at = document.origins.get(path[:depth], "")
-            raise UsageError(f"`{where}` is {here!r}{f' ({set_at})' if set_at else ''}, so `{'.'.join(path)}` cannot be set inside it ({origin}): make it a mapping first")
+            raise UsageError(
+                f"`{where}` is {here!r}{f' ({set_at})' if set_at else ''}, so `{'.'.join(path)}` cannot be set inside it ({origin}): make it a mapping first"
+            )
         if depth == len(path) - 1:
             here[index] = value
             document.origins = {k: v for k, v in document.origins.items() if k[: len(path)] != path}

@@ -24,11 +24,15 @@ def build_piece(value: Any, registry: Mapping[str, type], own: Any = None, where
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, Mapping) or not value:
-        raise UsageError(f"`{where}` is {value!r}: expected a name ({', '.join(registry)}) or a mapping such as {{{next(iter(registry), 'name')}: {{…}}}}")
+        raise UsageError(
+            f"`{where}` is {value!r}: expected a name ({', '.join(registry)}) or a mapping such as {{{next(iter(registry), 'name')}: {{…}}}}"
+        )
     own_fields = {f.name for f in fields(own)} if own is not None else set()
     tags = [key for key in value if key in registry and not (key in own_fields and not isinstance(value[key], Mapping))]
     if len(tags) > 1:
-        raise UsageError(f"`{where}` names {len(tags)} pieces, {' and '.join(tags)}: keep one (a later file adds to an earlier one; `{where}={tags[-1]}` replaces)")
+        raise UsageError(
+            f"`{where}` names {len(tags)} pieces, {' and '.join(tags)}: keep one (a later file adds to an earlier one; `{where}={tags[-1]}` replaces)"
+        )
     rest = {key: item for key, item in value.items() if key not in tags}
     if not tags:
         stranger = next((key for key, item in rest.items() if key not in own_fields and (own is None or isinstance(item, Mapping))), None)

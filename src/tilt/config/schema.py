@@ -132,7 +132,10 @@ def parse(values: Mapping[str, Any], cls: type[C], origin: Mapping[Key, str] | s
         config = None
     if problems or config is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UsageError(f"{count} in the configuration of `{recipe_name(cls)}`:\n" + "\n".join(f"  {line}" for problem in problems for line in problem.splitlines()))
+        raise UsageError(
+            f"{count} in the configuration of `{recipe_name(cls)}`:\n"
+            + "\n".join(f"  {line}" for problem in problems for line in problem.splitlines())
+        )
     return config
 
 
@@ -168,7 +171,13 @@ def _path(location: tuple[Any, ...], kind: str, values: Any) -> Key:
 
 def _value(values: Any, path: Key) -> Any:
     for part in path:
-        values = values.get(part) if isinstance(values, Mapping) else values[int(part)] if isinstance(values, (list, tuple)) and part.isdecimal() else None
+        values = (
+            values.get(part)
+            if isinstance(values, Mapping)
+            else values[int(part)]
+            if isinstance(values, (list, tuple)) and part.isdecimal()
+            else None
+        )
     return values
 
 
@@ -205,7 +214,13 @@ EXPECTED = {
     "float_type": "a number", "int_type": "a whole number", "bool_type": "true or false", "string_type": "text", "tuple_type": "a list",
     "dict_type": "a mapping", "model_type": "a mapping of settings", "finite_number": "a finite number", "none_required": "null", "model_attributes_type": "a mapping of settings",
 }  # fmt: skip
-SYMBOLS = {"greater_than": ("gt", ">"), "greater_than_equal": ("ge", "≥"), "less_than": ("lt", "<"), "less_than_equal": ("le", "≤"), "multiple_of": ("multiple_of", "a multiple of")}
+SYMBOLS = {
+    "greater_than": ("gt", ">"),
+    "greater_than_equal": ("ge", "≥"),
+    "less_than": ("lt", "<"),
+    "less_than_equal": ("le", "≤"),
+    "multiple_of": ("multiple_of", "a multiple of"),
+}
 
 
 def _expected(item: Any) -> str:

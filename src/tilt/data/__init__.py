@@ -7,4 +7,19 @@ from tilt.data.rollouts import Prompt, Rollout, Sampling
 from tilt.data.sources import Source, load
 from tilt.data.streams import Stream, blocks, split
 
-__all__ = ["Dataset", "Pack", "Prompt", "Renderer", "Rollout", "Sampling", "Source", "Stream", "blocks", "load", "pack", "read", "renderer", "split"]
+__all__ = [
+    "Dataset",
+    "Pack",
+    "Prompt",
+    "Renderer",
+    "Rollout",
+    "Sampling",
+    "Source",
+    "Stream",
+    "blocks",
+    "load",
+    "pack",
+    "read",
+    "renderer",
+    "split",
+]

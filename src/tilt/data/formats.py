@@ -48,12 +48,7 @@ NEEDED: dict[Want, tuple[str, ...]] = {
 
 
 def read(
-    rows: Sequence[Row],
-    *,
-    want: Want,
-    columns: Mapping[str, str] | None = None,
-    source: str = "",
-    roles: Mapping[str, str] | None = None,
+    rows: Sequence[Row], *, want: Want, columns: Mapping[str, str] | None = None, source: str = "", roles: Mapping[str, str] | None = None
 ) -> Dataset:
     """Recognise the shape of rows by their columns and convert them to what a recipe wants.
 

@@ -88,7 +88,9 @@ class Pack:
         prompt_cost = torch.where(above >= 0, self.segments.length[above.clamp(min=0)], 0).tolist()
         parts: list[list[int]] = []
         used, group = 0, -1
-        for i, cost, head, owner in zip(chosen.tolist(), self.costs[chosen].tolist(), prompt_cost, self.layout.prompt[chosen].tolist(), strict=True):
+        for i, cost, head, owner in zip(
+            chosen.tolist(), self.costs[chosen].tolist(), prompt_cost, self.layout.prompt[chosen].tolist(), strict=True
+        ):
             extra = cost + (head if owner != group else 0)
             if not parts or used + extra > budget:
                 parts.append([])

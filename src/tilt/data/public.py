@@ -164,12 +164,20 @@ _SETS = (
         "Apache-2.0",
         "1,100 instructions, with 1,100 polite and impolite answers: SFT, reward model, DPO",
         (
-            File("instruction-data-with-preference.json", "ch07/04_preference-tuning-with-dpo/instruction-data-with-preference.json", 386968, "305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e"),
-            File("instruction-data.json", "ch07/01_main-chapter-code/instruction-data.json", 203524, "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"),
+            File(
+                "instruction-data-with-preference.json",
+                "ch07/04_preference-tuning-with-dpo/instruction-data-with-preference.json",
+                386968,
+                "305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
+            ),
+            File(
+                "instruction-data.json",
+                "ch07/01_main-chapter-code/instruction-data.json",
+                203524,
+                "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
+            ),
         ),
-        papers=(
-            File("LICENSE.txt", "LICENSE.txt", 11505, "4b6615cdb446946fa1907e1d195e02130d6833fbd162e018b60dd39893fb231f"),
-        ),
+        papers=(File("LICENSE.txt", "LICENSE.txt", 11505, "4b6615cdb446946fa1907e1d195e02130d6833fbd162e018b60dd39893fb231f"),),
     ),
     PublicSet(
         "gsm8k",
@@ -178,14 +186,32 @@ _SETS = (
         "MIT",
         "grade-school mathematics with worked answers: SFT, RL with a numeric reward",
         (
-            File("train.jsonl", "grade_school_math/data/train.jsonl", 4166206, "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
-            File("test.jsonl", "grade_school_math/data/test.jsonl", 749738, "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
-            File("test_socratic.jsonl", "grade_school_math/data/test_socratic.jsonl", 972978, "c96673362fa7a699f4836a9b6474a067448f95fe58064727501ee63ba4c3fdb6"),
-            File("example_model_solutions.jsonl", "grade_school_math/data/example_model_solutions.jsonl", 2563513, "4bc62db838f8418365d51c627bd66294cbdca9fb7f01519cb13f0dce8c51580b"),
+            File(
+                "train.jsonl",
+                "grade_school_math/data/train.jsonl",
+                4166206,
+                "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+            ),
+            File(
+                "test.jsonl",
+                "grade_school_math/data/test.jsonl",
+                749738,
+                "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+            ),
+            File(
+                "test_socratic.jsonl",
+                "grade_school_math/data/test_socratic.jsonl",
+                972978,
+                "c96673362fa7a699f4836a9b6474a067448f95fe58064727501ee63ba4c3fdb6",
+            ),
+            File(
+                "example_model_solutions.jsonl",
+                "grade_school_math/data/example_model_solutions.jsonl",
+                2563513,
+                "4bc62db838f8418365d51c627bd66294cbdca9fb7f01519cb13f0dce8c51580b",
+            ),
         ),
-        papers=(
-            File("LICENSE", "LICENSE", 1062, "86bbb73e855821d7c401912fd4bf82e34313e6e3b6fd6f909f2b6cc9e209a53b"),
-        ),
+        papers=(File("LICENSE", "LICENSE", 1062, "86bbb73e855821d7c401912fd4bf82e34313e6e3b6fd6f909f2b6cc9e209a53b"),),
     ),
     PublicSet(
         "hh-rlhf",
@@ -193,12 +219,8 @@ _SETS = (
         "354e5c3cb8960630860dd5774a6ac2a58313bf4d",
         "MIT",
         "pairs of dialogues, one of them less harmful (offensive text): reward model, DPO",
-        (
-            File("test.jsonl.gz", "harmless-base/test.jsonl.gz", 742801, "ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03"),
-        ),
-        papers=(
-            File("LICENSE", "LICENSE", 1066, "d4fb18db48757e273261a5597b8a09381de8073da060474ce33d0643e06c875e"),
-        ),
+        (File("test.jsonl.gz", "harmless-base/test.jsonl.gz", 742801, "ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03"),),
+        papers=(File("LICENSE", "LICENSE", 1066, "d4fb18db48757e273261a5597b8a09381de8073da060474ce33d0643e06c875e"),),
     ),
     PublicSet(
         "svamp",
@@ -206,12 +228,8 @@ _SETS = (
         "689d7ccac74b9983a2ac7cc3b264f441b99e7c53",
         "MIT",
         "short arithmetic word problems: RL with a numeric reward",
-        (
-            File("SVAMP.json", "SVAMP.json", 339970, "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"),
-        ),
-        papers=(
-            File("LICENSE", "LICENSE", 1068, "07ce3a34de7a865345634f9278bc26ddcacc2d0defd348c28e3f4603448b9ba4"),
-        ),
+        (File("SVAMP.json", "SVAMP.json", 339970, "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"),),
+        papers=(File("LICENSE", "LICENSE", 1068, "07ce3a34de7a865345634f9278bc26ddcacc2d0defd348c28e3f4603448b9ba4"),),
     ),
     PublicSet(
         "names",
@@ -219,12 +237,8 @@ _SETS = (
         "988aa59e4d8fefa526d06f3b453ad116258398d4",
         "MIT",
         "first names, one a line: tiny models from scratch",
-        (
-            File("names.txt", "names.txt", 228145, "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"),
-        ),
-        papers=(
-            File("LICENSE", "LICENSE", 1072, "a59ec5cdb1c1e447e5266a014b3e7ded511f8d6e5a08931e931c87490ff821fe"),
-        ),
+        (File("names.txt", "names.txt", 228145, "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"),),
+        papers=(File("LICENSE", "LICENSE", 1072, "a59ec5cdb1c1e447e5266a014b3e7ded511f8d6e5a08931e931c87490ff821fe"),),
         lines=True,
     ),
     PublicSet(
@@ -233,12 +247,8 @@ _SETS = (
         "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e",
         "MIT (stated in the upstream readme; the text is in the public domain)",
         "plays by Shakespeare: tiny language models from scratch",
-        (
-            File("input.txt", "data/tinyshakespeare/input.txt", 1115394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-        ),
-        papers=(
-            File("UPSTREAM_Readme.md", "Readme.md", 12795, "6540438971f884ae42315e517df7c9d0e1ca520daa120f0d0845b50944485ec4"),
-        ),
+        (File("input.txt", "data/tinyshakespeare/input.txt", 1115394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),),
+        papers=(File("UPSTREAM_Readme.md", "Readme.md", 12795, "6540438971f884ae42315e517df7c9d0e1ca520daa120f0d0845b50944485ec4"),),
     ),
     PublicSet(
         "anthropic-evals",
@@ -247,13 +257,26 @@ _SETS = (
         "CC-BY-4.0 (attribution: Anthropic, model-written evaluations)",
         "yes-or-no questions with a known right answer: reward model, DPO",
         (
-            File("agreeableness.jsonl", "persona/agreeableness.jsonl", 307954, "8caa0fa07946370fb4ec38dd82eda7d3a86591c1dc701d2e645ae33c3239f5ce"),
-            File("conscientiousness.jsonl", "persona/conscientiousness.jsonl", 318633, "fd05517c0a453a7b47d19964ac6528db394c8cd00a5f74cc11d91479a20b90a6"),
-            File("interest-in-math.jsonl", "persona/interest-in-math.jsonl", 315853, "f835b449fb0cb1ba7642778899273be1f634ad93f661af5dbde5629432e1f254"),
+            File(
+                "agreeableness.jsonl",
+                "persona/agreeableness.jsonl",
+                307954,
+                "8caa0fa07946370fb4ec38dd82eda7d3a86591c1dc701d2e645ae33c3239f5ce",
+            ),
+            File(
+                "conscientiousness.jsonl",
+                "persona/conscientiousness.jsonl",
+                318633,
+                "fd05517c0a453a7b47d19964ac6528db394c8cd00a5f74cc11d91479a20b90a6",
+            ),
+            File(
+                "interest-in-math.jsonl",
+                "persona/interest-in-math.jsonl",
+                315853,
+                "f835b449fb0cb1ba7642778899273be1f634ad93f661af5dbde5629432e1f254",
+            ),
         ),
-        papers=(
-            File("LICENSE", "LICENSE", 18650, "7e7170e3cebf88a9f60c7b8421418323c09304da1af4d5e90f4da1dc1c8a2661"),
-        ),
+        papers=(File("LICENSE", "LICENSE", 18650, "7e7170e3cebf88a9f60c7b8421418323c09304da1af4d5e90f4da1dc1c8a2661"),),
     ),
     PublicSet(
         "llamafactory-demo",
@@ -262,12 +285,27 @@ _SETS = (
         "Apache-2.0 (demonstration cuts of upstream sets, see UPSTREAM_README.md)",
         "small samples of every common format: Alpaca, ShareGPT, pairs, labels, tool calls",
         (
-            File("alpaca_en_demo.json", "data/alpaca_en_demo.json", 859893, "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318"),
-            File("alpaca_zh_demo.json", "data/alpaca_zh_demo.json", 636036, "d5a4be46ae70d23a461ffc16048069324c0865ee9aa0c8730e21ac4b65ea0f08"),
+            File(
+                "alpaca_en_demo.json",
+                "data/alpaca_en_demo.json",
+                859893,
+                "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
+            ),
+            File(
+                "alpaca_zh_demo.json",
+                "data/alpaca_zh_demo.json",
+                636036,
+                "d5a4be46ae70d23a461ffc16048069324c0865ee9aa0c8730e21ac4b65ea0f08",
+            ),
             File("dpo_en_demo.json", "data/dpo_en_demo.json", 1575286, "b949be2421cfa62744afcf1b479f95b299d643d1a4c1c97d1341b314a1aa5cb3"),
             File("dpo_zh_demo.json", "data/dpo_zh_demo.json", 853311, "9ea7206bc1a45df8b7811d1fc02d5555c65379d05905f343da88f221ff145376"),
             File("kto_en_demo.json", "data/kto_en_demo.json", 913519, "9891687dea7c00e54af2e39534085c151ce3462d073574eeff2af927cc56fb74"),
-            File("glaive_toolcall_en_demo.json", "data/glaive_toolcall_en_demo.json", 738925, "8b84773e44e71881f32490080350734cad3069dc227eafd771ccfb80732f6437"),
+            File(
+                "glaive_toolcall_en_demo.json",
+                "data/glaive_toolcall_en_demo.json",
+                738925,
+                "8b84773e44e71881f32490080350734cad3069dc227eafd771ccfb80732f6437",
+            ),
             File("identity.json", "data/identity.json", 20306, "fd029da7dd3df283ed034c82375d16d125a7b07cf1cb0316d03fb8743057d5f2"),
         ),
         papers=(

@@ -248,7 +248,9 @@ class Renderer:
         for n in range(len(turns)):
             before, found, frame = frame.partition(_MARK.format(n))
             if not found:
-                raise DataError(f"the chat template does not show turn {n} ({turns[n]['role']}), so it cannot be trained\n  choose template: {' | '.join(NAMES)}")
+                raise DataError(
+                    f"the chat template does not show turn {n} ({turns[n]['role']}), so it cannot be trained\n  choose template: {' | '.join(NAMES)}"
+                )
             pieces.append(before)
         pieces.append(frame)
         spans: list[Span] = []
@@ -316,7 +318,9 @@ def _turns(side: str | list[Message], role: str) -> list[Message]:
 
 def render_chat(tokenizer: Any, turns: Sequence[Mapping[str, Any]], tools: Any, answer_next: bool) -> str:
     """A conversation as text; the one place that calls the tokenizer's template."""
-    return str(tokenizer.apply_chat_template(list(turns), tools=tools, tokenize=False, add_generation_prompt=answer_next, return_dict=False))
+    return str(
+        tokenizer.apply_chat_template(list(turns), tools=tools, tokenize=False, add_generation_prompt=answer_next, return_dict=False)
+    )
 
 
 def renderer(
@@ -338,7 +342,9 @@ def renderer(
             raise UsageError(NO_TEMPLATE)
     elif template == "text":
         if conversational:
-            raise UsageError(f"template: text joins prompt and answer as they stand, but the data are conversations\n  choose {' | '.join(NAMES)}")
+            raise UsageError(
+                f"template: text joins prompt and answer as they stand, but the data are conversations\n  choose {' | '.join(NAMES)}"
+            )
     else:
         tokenizer.chat_template = template if "{" in template else chat_template(template, tokenizer)
     chat = template != "text" and bool(tokenizer.chat_template)

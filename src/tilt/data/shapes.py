@@ -322,10 +322,7 @@ SHAPES: dict[Want, tuple[Shape, ...]] = {
         Shape(("prompt", "completion", "label"), "the good half of labelled answers", "prompt_completion", _good_half(_prompt_completion)),
         *ANSWERS,
         Shape(("messages", "label"), "the good half of labelled messages", "messages", _good_half(_conversation("messages"))),
-        *(
-            Shape(pair.needs, f"the chosen half of pairs, {pair.name}", "prompt_completion", _chosen_only(pair.convert))
-            for pair in PAIRS
-        ),
+        *(Shape(pair.needs, f"the chosen half of pairs, {pair.name}", "prompt_completion", _chosen_only(pair.convert)) for pair in PAIRS),
         Shape(("messages",), "messages", "messages", _conversation("messages")),
         Shape(("conversations",), "ShareGPT", "messages", _conversation("conversations")),
         Shape(("text",), "plain text", "text", _text),

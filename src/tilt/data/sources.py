@@ -68,7 +68,10 @@ def rename(rows: Sequence[Row], columns: Mapping[str, str], source: str = "data"
         raise DataError(f"columns: {source} has no column {missing[0]!r}{hint}\n  it has: {', '.join(found)}")
     gone = set(columns.values())
     return [
-        {**{k: v for k, v in row.items() if k not in gone and k not in columns}, **{new: row[old] for new, old in columns.items() if old in row}}
+        {
+            **{k: v for k, v in row.items() if k not in gone and k not in columns},
+            **{new: row[old] for new, old in columns.items() if old in row},
+        }
         for row in rows
     ]
 
@@ -123,7 +126,9 @@ def _kind(path: Path) -> str:
 def _read(path: Path, lines: bool) -> list[Row]:
     kind = _kind(path)
     if kind not in SUFFIXES:
-        raise DataError(f"{path}: cannot tell the format from the ending {kind or '(none)'!r}\n  known endings: {' '.join(SUFFIXES)} (also .gz)")
+        raise DataError(
+            f"{path}: cannot tell the format from the ending {kind or '(none)'!r}\n  known endings: {' '.join(SUFFIXES)} (also .gz)"
+        )
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes)")
     if kind == ".parquet":
@@ -235,7 +240,9 @@ def _hub(spec: str) -> list[Path]:
     files = sorted(folder.glob(pattern))
     configs = sorted({path.parent.parent.name for path in files})
     if not files:
-        raise DataError(f"{spec}: the data set has no parquet files for config {config or '(any)'!r}, split {split!r}\n  name them: hf:{name}:config@split")
+        raise DataError(
+            f"{spec}: the data set has no parquet files for config {config or '(any)'!r}, split {split!r}\n  name them: hf:{name}:config@split"
+        )
     if len(configs) > 1:
         raise DataError(f"{spec}: which config? {', '.join(configs)}\n  for example hf:{name}:{configs[0]}@{split}")
     return files

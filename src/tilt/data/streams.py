@@ -40,7 +40,9 @@ class Stream(Generic[Item]):
         5 items, n = 2: steps 0 and 1 show four of them, step 2 starts a new order.
         """
         if not 1 <= n <= len(self.items):
-            raise UsageError(f"a batch of {n} cannot be drawn from {len(self.items)} rows without repeating one\n  use a batch of at most {len(self.items)}")
+            raise UsageError(
+                f"a batch of {n} cannot be drawn from {len(self.items)} rows without repeating one\n  use a batch of at most {len(self.items)}"
+            )
         epoch, place = divmod(step, self.steps(n))
         order = permutation(self.seed, epoch, len(self.items))
         return [self.items[i] for i in order[place * n : (place + 1) * n]]
@@ -60,7 +62,9 @@ class Mixture(Generic[Item]):
 
     def __post_init__(self) -> None:
         if len(self.sources) != len(self.weights) or not self.sources or min(self.weights) <= 0:
-            raise UsageError(f"a mixture needs one positive weight per source, got {len(self.sources)} sources, weights {list(self.weights)}")
+            raise UsageError(
+                f"a mixture needs one positive weight per source, got {len(self.sources)} sources, weights {list(self.weights)}"
+            )
         if not all(self.sources):
             raise DataError("a mixture has a source without rows")
 

@@ -76,7 +76,12 @@ class Learner:
         """Log-probabilities under old and reference, and the critic's values, of the signals named in `needs`; the others are NaN."""
         layout = batch.layout
         nan = torch.full((layout.actions,), float("nan"), dtype=batch.sampler.dtype)
-        found = {"old": nan.clone(), "reference": nan.clone(), "values": nan.clone(), "final": nan.new_full((layout.sequences,), float("nan"))}
+        found = {
+            "old": nan.clone(),
+            "reference": nan.clone(),
+            "values": nan.clone(),
+            "final": nan.new_full((layout.sequences,), float("nan")),
+        }
         if not needs & {"old", "reference", "values"}:
             return Signals(sampler=batch.sampler, **found)
         shared = self.critic is None and "values" in needs
@@ -97,7 +102,16 @@ class Learner:
                     found["values"][actions], found["final"][part] = values.cpu().to(nan.dtype), final.cpu().to(nan.dtype)
         return Signals(sampler=batch.sampler, **found)
 
-    def update(self, batch: Pack, experience: Experience, objective: Objective, *, temperature: float = 1.0, step: int = 0, only_critic: bool = False) -> Report:
+    def update(
+        self,
+        batch: Pack,
+        experience: Experience,
+        objective: Objective,
+        *,
+        temperature: float = 1.0,
+        step: int = 0,
+        only_critic: bool = False,
+    ) -> Report:
         """Train on the experience: passes, minibatches, micro-batches, one clipped optimizer step a minibatch.
 
         Sequences that cannot move the weights (advantage zero everywhere, no penalty, no value loss) are left out; the denominators keep them.
@@ -177,7 +191,13 @@ class _Channels:
     def put(self, actions: Tensor, said: Outputs, share: Experience, scale: float) -> None:
         new = said.logprobs.detach()
         push = torch.zeros_like(new) if said.logprobs.grad is None else -said.logprobs.grad / scale
-        found = {"new": new, "entropy": said.entropy.detach(), "ratio": (new - share.signals.old).exp(), "push": push, "values": said.values.detach()}
+        found = {
+            "new": new,
+            "entropy": said.entropy.detach(),
+            "ratio": (new - share.signals.old).exp(),
+            "push": push,
+            "values": said.values.detach(),
+        }
         for name, value in found.items():
             self.values[name][actions] = value.cpu().to(self.values[name].dtype)
 
@@ -189,7 +209,9 @@ def _to(experience: Experience, device: torch.device) -> Experience:
     if device.type == "cpu":
         return experience
     signals = Signals(**{k: v.to(device) for k, v in vars(experience.signals).items()})
-    return Experience(experience.layout.to(device), signals, *(x.to(device) for x in (experience.advantages, experience.returns, experience.weights)))
+    return Experience(
+        experience.layout.to(device), signals, *(x.to(device) for x in (experience.advantages, experience.returns, experience.weights))
+    )
 
 
 def _culprit(said: Outputs, share: Experience) -> str:

@@ -26,4 +26,8 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Every metric as a number; one without weight is left out."""
-        return {k: float(v if k in self._totals else v / self._weights[k]) for k, v in self._sums.items() if k in self._totals or float(self._weights[k]) > 0}
+        return {
+            k: float(v if k in self._totals else v / self._weights[k])
+            for k, v in self._sums.items()
+            if k in self._totals or float(self._weights[k]) > 0
+        }

@@ -73,7 +73,11 @@ def update_pairs(
     for part in _whole_pairs(batch, micro_tokens):
         with autocast():
             found = score(batch.take(torch.stack([2 * part, 2 * part + 1], 1).flatten()).to(device)).float()
-        anchors = {} if reference is None else {"reference_chosen": reference[0][part].to(device), "reference_rejected": reference[1][part].to(device)}
+        anchors = (
+            {}
+            if reference is None
+            else {"reference_chosen": reference[0][part].to(device), "reference_rejected": reference[1][part].to(device)}
+        )
         shares = [Pairs.of(view[0::2], view[1::2], weights=torch.full_like(view[0::2], weight), **anchors) for view in found]
         loss = torch.stack([portion * preference.loss(share) for portion, share in zip(views, shares, strict=True)]).sum()
         if not torch.isfinite(loss):

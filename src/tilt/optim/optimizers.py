@@ -46,7 +46,9 @@ class Optimizer:
         ]
         self.settings, self.total, self.steps = settings, total, 0
         self.parameters = trained
-        self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+        self.inner = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
+        )
 
     @property
     def lr(self) -> float:

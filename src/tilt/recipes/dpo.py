@@ -23,8 +23,8 @@ from tilt.objectives import PIECES, PREFERENCES, Pairs, Preference
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import opening
 from tilt.recipes.finishing import Result, saved
-from tilt.recipes.settings import Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
+from tilt.recipes.settings import Training
 
 IMPORTANT = ("loss", "accuracy", "margin", "eval/accuracy", "eval/margin", "grad_norm", "lr")
 
@@ -33,7 +33,9 @@ class Config(Training):
     """Direct preference optimisation on pairs; the reference is the policy as it starts."""
 
     beta: Annotated[float, Field(gt=0.0, description="strength of the tie to the reference")] = 0.1
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5, description="share of pairs taken to be labelled the wrong way round (cDPO)")] = 0.0
+    label_smoothing: Annotated[
+        float, Field(ge=0.0, lt=0.5, description="share of pairs taken to be labelled the wrong way round (cDPO)")
+    ] = 0.0
     epochs: Annotated[float, Field(gt=0.0, description="passes over the pairs; `steps` overrides it")] = 1.0
     steps: Annotated[int | None, Field(ge=1)] = None
     batch: Annotated[int, Field(ge=1, description="pairs an optimizer step")] = 32
@@ -61,10 +63,23 @@ def run(config: Config) -> Result:
     optimizer = Optimizer(policy, config.optimizer.settings(), steps)
     directory, journal = opening.directory(config, "dpo", name, steps, IMPORTANT)
     with journal:
-        journal.header([f"run        {directory.path}", opening.headline(name, policy, device, config), *rows.notes, f"           {render.summary()}", f"algorithm  dpo: {preference!r}", f"steps      {steps} of {min(config.batch, len(train))} pairs"])
+        journal.header(
+            [
+                f"run        {directory.path}",
+                opening.headline(name, policy, device, config),
+                *rows.notes,
+                f"           {render.summary()}",
+                f"algorithm  dpo: {preference!r}",
+                f"steps      {steps} of {min(config.batch, len(train))} pairs",
+            ]
+        )
         first: dict[str, float] = {}
         for step in range(steps + 1):
-            found = measure(policy, preference, held, held_anchors, config.micro_tokens, device) if held_anchors and opening.due(step, steps, config.eval_every) else {}
+            found = (
+                measure(policy, preference, held, held_anchors, config.micro_tokens, device)
+                if held_anchors and opening.due(step, steps, config.eval_every)
+                else {}
+            )
             first = found if step == 0 else first
             named = {f"eval/{k}": v for k, v in found.items()}
             if step == steps:
@@ -91,7 +106,9 @@ def _anchor(config: Config, policy: Policy, pairs: Sequence[Pair], device: torch
         return score_pairs(likelihoods(policy), pairs, config.micro_tokens, device)
 
 
-def measure(policy: Policy, preference: Preference, pairs: Sequence[Pair], anchors: tuple[Tensor, Tensor], micro_tokens: int, device: torch.device) -> dict[str, float]:
+def measure(
+    policy: Policy, preference: Preference, pairs: Sequence[Pair], anchors: tuple[Tensor, Tensor], micro_tokens: int, device: torch.device
+) -> dict[str, float]:
     """Accuracy of the implicit reward, its margin and the loss on pairs that were not trained on."""
     chosen, rejected = score_pairs(likelihoods(policy), pairs, micro_tokens, device)
     found = preference.metrics(Pairs.of(chosen, rejected, reference_chosen=anchors[0], reference_rejected=anchors[1]))

@@ -96,8 +96,14 @@ def precision(run: Run, device: torch.device) -> Callable[[], AbstractContextMan
 def language_model(model: str | Scratch, tokenizer: str | None, corpus: Callable[[], Iterable[str]], seed: int) -> tuple[Any, Any, str]:
     """A causal LM, its tokenizer and its short name: from a folder or hub name, or built and its tokenizer trained on the corpus."""
     if isinstance(model, Scratch):
-        words = loading.compat.read_tokenizer(str(model.tokenizer)) if isinstance(model.tokenizer, Path) else train_bpe(corpus(), model.vocabulary)
-        lm = loading.tiny(model.kind, vocabulary=len(words), width=model.width, layers=model.layers, heads=model.heads, context=model.context, seed=seed)
+        words = (
+            loading.compat.read_tokenizer(str(model.tokenizer))
+            if isinstance(model.tokenizer, Path)
+            else train_bpe(corpus(), model.vocabulary)
+        )
+        lm = loading.tiny(
+            model.kind, vocabulary=len(words), width=model.width, layers=model.layers, heads=model.heads, context=model.context, seed=seed
+        )
         return lm, words, f"{model.kind}-{sum(p.numel() for p in lm.parameters()) / 1e6:.1f}M"
     lm, words = loading.load(model)
     if tokenizer is not None:
@@ -141,4 +147,3 @@ def policy_of(lm: Any, device: torch.device, *, value_head: bool = False) -> Pol
 def due(step: int, steps: int, every: int) -> bool:
     """Whether a step is one to evaluate at: the first, the last, and every `every`-th between."""
     return step in (0, steps) or (every > 0 and step % every == 0)
-

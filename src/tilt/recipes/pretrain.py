@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -19,8 +18,8 @@ from tilt.optim.optimizers import Optimizer
 from tilt.recipes import opening
 from tilt.recipes.finishing import Result, saved
 from tilt.recipes.imitation import imitate
-from tilt.recipes.settings import Count, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
+from tilt.recipes.settings import Training
 
 IMPORTANT = ("loss", "eval/nll", "grad_norm", "lr", "tokens_per_second")
 
@@ -28,7 +27,10 @@ IMPORTANT = ("loss", "eval/nll", "grad_norm", "lr", "tokens_per_second")
 class Config(Training):
     """Next-token prediction on every token of the texts."""
 
-    read_as: Annotated[Literal["text", "sft", "preference"], Field(description="what a row holds: a text, a prompt with its answer, or a prompt with two (each a text)")] = "text"
+    read_as: Annotated[
+        Literal["text", "sft", "preference"],
+        Field(description="what a row holds: a text, a prompt with its answer, or a prompt with two (each a text)"),
+    ] = "text"
     length: Annotated[int, Field(ge=2, description="longest piece of a text, in tokens")] = 256
     epochs: Annotated[float, Field(gt=0.0, description="passes over the pieces; `steps` overrides it")] = 3.0
     steps: Annotated[int | None, Field(ge=1)] = None
@@ -46,17 +48,36 @@ def run(config: Config) -> Result:
     render = opening.renderer(tokenizer, config.data, lm, rows)
     train, held = (pieces(render, part, config.read_as, config.length) for part in (rows.train, rows.held_out))
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch))
-    learner = Learner(policy, Optimizer(policy, config.optimizer.settings(), steps), settings=Passes(micro_tokens=config.micro_tokens), autocast=opening.precision(config, device))
+    learner = Learner(
+        policy,
+        Optimizer(policy, config.optimizer.settings(), steps),
+        settings=Passes(micro_tokens=config.micro_tokens),
+        autocast=opening.precision(config, device),
+    )
     directory, journal = opening.directory(config, "pretrain", name, steps, IMPORTANT)
     with journal:
-        journal.header([f"run        {directory.path}", opening.headline(name, policy, device, config), *rows.notes, f"steps      {steps} of {config.batch} pieces of at most {config.length} tokens"])
+        journal.header(
+            [
+                f"run        {directory.path}",
+                opening.headline(name, policy, device, config),
+                *rows.notes,
+                f"steps      {steps} of {config.batch} pieces of at most {config.length} tokens",
+            ]
+        )
         measure = partial(likelihood, policy, held, config.micro_tokens) if held else dict
         before, after, step = imitate(
-            learner, ALGORITHMS["sft"], train, journal, measure, steps=steps, batch=min(config.batch, len(train)), seed=config.seed, every=config.eval_every
+            learner,
+            ALGORITHMS["sft"],
+            train,
+            journal,
+            measure,
+            steps=steps,
+            batch=min(config.batch, len(train)),
+            seed=config.seed,
+            every=config.eval_every,
         )
         checkpoint = saved(directory, step, partial(save, policy.lm, tokenizer), config.save)
     return Result(directory, checkpoint, before, after)
-
 
 
 def pieces(render: Renderer, rows: Sequence[dict[str, Any]], read_as: str, length: int) -> list[Rollout]:

@@ -21,8 +21,8 @@ from tilt.objectives import PIECES, PREFERENCES
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import opening
 from tilt.recipes.finishing import Result, saved
-from tilt.recipes.settings import Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
+from tilt.recipes.settings import Training
 
 IMPORTANT = ("loss", "accuracy", "margin", "eval/accuracy", "eval/loss", "grad_norm", "lr")
 
@@ -36,7 +36,10 @@ class Config(Training):
     optimizer: OptimizerSettings = OptimizerSettings(lr=5e-4, schedule="linear", warmup=10, weight_decay=0.1)
     margin: Annotated[float, Field(ge=0.0, description="by how much the better answer should win (arXiv 2307.09288)")] = 0.0
     centring: Annotated[float, Field(ge=0.0, description="coefficient of (chosen + rejected)^2 (arXiv 2312.09244)")] = 0.0
-    span: Annotated[float, Field(ge=0.0, le=1.0, description="share of the loss on the mean of the scores along the answer, instead of the score at its end")] = 0.0
+    span: Annotated[
+        float,
+        Field(ge=0.0, le=1.0, description="share of the loss on the mean of the scores along the answer, instead of the score at its end"),
+    ] = 0.0
     eval_every: Annotated[int, Field(ge=0, description="steps between evaluations; 0 = before and after only")] = 0
     normalise: Annotated[bool, Field(description="scale the score layer so that the scores of training answers have deviation 1")] = False
 
@@ -54,14 +57,24 @@ def run(config: Config) -> Result:
         opening.adapted(model.model, config.lora)
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch))
     margin = build_piece({"score": {"offset": config.margin}}, PIECES["margin"], where="margin")
-    calm = build_piece({"centring": {"coefficient": config.centring}} if config.centring else {"none": {}}, PIECES["regulariser"], where="centring")
+    calm = build_piece(
+        {"centring": {"coefficient": config.centring}} if config.centring else {"none": {}}, PIECES["regulariser"], where="centring"
+    )
     preference = replace(PREFERENCES["reward_model"], margin=margin, regulariser=calm)
     score = end_and_span_scores(model) if config.span else end_scores(model)
     views = (1 - config.span, config.span) if config.span else (1.0,)
     optimizer, stream = Optimizer(model, config.optimizer.settings(), steps), Stream(train, config.seed)
     directory, journal = opening.directory(config, "rm", name, steps, IMPORTANT)
     with journal:
-        journal.header([f"run        {directory.path}", opening.headline(name, model, device, config), *rows.notes, f"           {render.summary()}", f"steps      {steps} of {min(config.batch, len(train))} pairs"])
+        journal.header(
+            [
+                f"run        {directory.path}",
+                opening.headline(name, model, device, config),
+                *rows.notes,
+                f"           {render.summary()}",
+                f"steps      {steps} of {min(config.batch, len(train))} pairs",
+            ]
+        )
         first: dict[str, float] = {}
         for step in range(steps + 1):
             found = measure(model, held, config.micro_tokens, device) if held and opening.due(step, steps, config.eval_every) else {}
@@ -71,7 +84,17 @@ def run(config: Config) -> Result:
                 journal.step(step, named)
                 break
             began, pairs = perf_counter(), stream.draw(step, min(config.batch, len(train)))
-            report = update_pairs(score, optimizer, preference, pairs, None, views=views, micro_tokens=config.micro_tokens, device=device, autocast=opening.precision(config, device))
+            report = update_pairs(
+                score,
+                optimizer,
+                preference,
+                pairs,
+                None,
+                views=views,
+                micro_tokens=config.micro_tokens,
+                device=device,
+                autocast=opening.precision(config, device),
+            )
             journal.step(step, report | {"tokens_per_second": len(packed(pairs).tokens) / (perf_counter() - began)} | named)
         if config.normalise:
             journal.note(normalise(model, train, config.micro_tokens, device))
@@ -99,4 +122,6 @@ def normalise(model: RewardModel, pairs: Sequence[Pair], micro_tokens: int, devi
     layer = model.score_layer
     with torch.no_grad():
         layer.weight.div_(max(deviation, 1e-6))
-    return f"scores     divided by their deviation {deviation:.3f} on the training answers; mean {float(scores.mean()) / deviation:.2f} of it"
+    return (
+        f"scores     divided by their deviation {deviation:.3f} on the training answers; mean {float(scores.mean()) / deviation:.2f} of it"
+    )

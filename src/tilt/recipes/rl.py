@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Literal
 
@@ -22,17 +21,17 @@ from tilt.errors import NumericError, UsageError
 from tilt.learning.evaluation import Assessment
 from tilt.learning.learner import Learner, NonFinite, Passes, Report
 from tilt.learning.meter import Meter
-from tilt.models.adapters import adapter_off, merged_state
-from tilt.models.policy import Critic, Policy, RewardModel
+from tilt.models.adapters import adapter_off
+from tilt.models.policy import Critic, Policy
 from tilt.models.saving import fingerprint, save
 from tilt.objectives import Experience, Objective, Rewards, Signals, card
 from tilt.objectives.metrics import batch_metrics
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import opening
 from tilt.recipes.finishing import Result, saved
-from tilt.recipes.settings import Count, Evaluation, Positive, Sampling, Training
-from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.scoring import Scoring, scoring
+from tilt.recipes.settings import Count, Evaluation, Sampling, Training
+from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.trying import Trial, sampling_of
 from tilt.recipes.variants import resolve
 from tilt.rewards.text import Text
@@ -41,7 +40,18 @@ from tilt.runs.directory import RunDirectory
 from tilt.runs.journal import Journal, Sample
 from tilt.sampling.sampler import Sampler
 
-IMPORTANT = ("reward", "eval/reward", "eval/kl", "kl", "entropy", "length/mean", "policy/clipfrac_avg", "grad_norm", "tokens_per_second", "time/step")
+IMPORTANT = (
+    "reward",
+    "eval/reward",
+    "eval/kl",
+    "kl",
+    "entropy",
+    "length/mean",
+    "policy/clipfrac_avg",
+    "grad_norm",
+    "tokens_per_second",
+    "time/step",
+)
 
 
 class Config(Training):
@@ -53,7 +63,12 @@ class Config(Training):
     measure: Annotated[Any, Field(description="further rewards that are measured on held-out answers and never trained on")] = None
     missing_stop_penalty: Annotated[float, Field(ge=0.0, description="taken from the reward of an answer that was cut at max_tokens")] = 0.0
     reference: Annotated[str | None, Field(description="the KL anchor; without it the policy as it starts")] = None
-    critic: Annotated[Literal["auto", "reward_model", "policy", "shared"], Field(description="what the critic starts from, where the row needs one; auto = the reward model where there is one with the policy's tokens, else the policy")] = "auto"
+    critic: Annotated[
+        Literal["auto", "reward_model", "policy", "shared"],
+        Field(
+            description="what the critic starts from, where the row needs one; auto = the reward model where there is one with the policy's tokens, else the policy"
+        ),
+    ] = "auto"
     critic_lr: Annotated[float | None, Field(gt=0.0, description="the critic's learning rate; without it the policy's")] = None
     critic_warmup: Annotated[int, Field(ge=0, description="first steps in which only the critic learns")] = 0
     steps: Count = 200
@@ -73,7 +88,9 @@ class Config(Training):
         _, row = resolve(self.algorithm, self.objective)
         problems = row.check(samples=self.samples, passes=self.passes)
         if row.passes is not None and self.minibatches > 1 and self.passes * self.minibatches > row.passes:
-            problems.append(f"minibatches {self.minibatches}: {type(row.surrogate).__name__} has no ratio to correct for the steps in between; set minibatches to 1")
+            problems.append(
+                f"minibatches {self.minibatches}: {type(row.surrogate).__name__} has no ratio to correct for the steps in between; set minibatches to 1"
+            )
         if self.minibatches > self.prompts * self.samples:
             problems.append(f"minibatches {self.minibatches} is more than the {self.prompts * self.samples} answers of a step")
         if problems:
@@ -153,7 +170,9 @@ def divergence(learner: Learner, temperature: float) -> Callable[[Sequence[Rollo
     return measure
 
 
-def measures(objective: Objective, rewards: Rewards, signals: Signals, batch: Pack, rollouts: Sequence[Rollout], report: Report) -> dict[str, float]:
+def measures(
+    objective: Objective, rewards: Rewards, signals: Signals, batch: Pack, rollouts: Sequence[Rollout], report: Report
+) -> dict[str, float]:
     """The step's metrics, on actions, in the field's names."""
     old = torch.where(signals.old.isnan(), report.channels.get("new", signals.old), signals.old)
     meter = Meter()
@@ -197,7 +216,12 @@ def record(
         rollout_store.RolloutTable(rollouts, texts, rewards, parts.tokenizer, {"advantage": each, **_groups(rewards, layout.prompt)}, channels, run=directory.name),
     )  # fmt: skip
     rows = [
-        Sample(texts[i].prompt, texts[i].completion, {k: float(v[i]) for k, v in rewards.parts.items()} or {"reward": float(rewards.total[i])}, float(each[i]))
+        Sample(
+            texts[i].prompt,
+            texts[i].completion,
+            {k: float(v[i]) for k, v in rewards.parts.items()} or {"reward": float(rewards.total[i])},
+            float(each[i]),
+        )
         for i in range(0, len(rollouts), max(1, len(rollouts) // 4))
     ]
     journal.samples(step, rows[:4])
@@ -233,7 +257,15 @@ class Clock:
 
 
 def _update(
-    learner: Learner, batch: Pack, experience: Experience, objective: Objective, directory: RunDirectory, temperature: float, step: int, *, only_critic: bool
+    learner: Learner,
+    batch: Pack,
+    experience: Experience,
+    objective: Objective,
+    directory: RunDirectory,
+    temperature: float,
+    step: int,
+    *,
+    only_critic: bool,
 ) -> Report:
     """The update; what is not finite stops the run, with the offending micro-batch kept on disk."""
     try:
@@ -270,14 +302,20 @@ def run(config: Config) -> Result:
         settings=Passes(config.passes, config.minibatches, config.micro_tokens), seed=config.seed, autocast=opening.precision(config, device),
     )  # fmt: skip
     trial = Trial.of(policy, tokenizer, held or prompts, judged, sampling, config.eval, seed=config.seed, slots=config.sampling.slots)
-    trial = replace(trial, also=None if config.measure is None else scoring(config.measure, tokenizer, device), divergence=divergence(learner, sampling.temperature))
+    trial = replace(
+        trial,
+        also=None if config.measure is None else scoring(config.measure, tokenizer, device),
+        divergence=divergence(learner, sampling.temperature),
+    )
     parts = Parts(
         Stream(prompts, config.seed), Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots), judged, learner, objective,
         trial, tokenizer,
     )  # fmt: skip
     if config.prompts > len(prompts):
         raise UsageError(f"prompts {config.prompts}: the data have only {len(prompts)} training prompts; set prompts to at most that")
-    frozen: dict[str, torch.nn.Module] = {f"reward model {i}": m for i, (m, _) in enumerate(judged.models)} | ({} if anchor is None else {"reference": anchor})
+    frozen: dict[str, torch.nn.Module] = {f"reward model {i}": m for i, (m, _) in enumerate(judged.models)} | (
+        {} if anchor is None else {"reference": anchor}
+    )
     marks = {role: fingerprint(m) for role, m in frozen.items()}
     directory, journal = opening.directory(config, name if ":" not in name else "rl", model, config.steps, IMPORTANT)
     with journal:
@@ -287,7 +325,9 @@ def run(config: Config) -> Result:
             f"steps      {config.steps} of {config.prompts} prompts × {config.samples} answers; {config.passes * config.minibatches} optimizer steps each",
             *( [f"note       {policy.note}"] if policy.note else [] ), *(f"note       {n}" for n in objective.notes()),
         ])  # fmt: skip
-        (directory.path / "objective.txt").write_text(card(objective, name=name, samples=config.samples, passes=config.passes) + "\n", encoding="utf-8")
+        (directory.path / "objective.txt").write_text(
+            card(objective, name=name, samples=config.samples, passes=config.passes) + "\n", encoding="utf-8"
+        )
         before, after, step = train(config, parts, directory, journal)
         checkpoint = saved(directory, step, partial(save, policy.lm, tokenizer), config.save)
         for role, mark in marks.items():
@@ -296,7 +336,6 @@ def run(config: Config) -> Result:
             journal.note(f"unchanged  {role} {mark[:12]}")
     answers = tuple((b.prompt, b.completion, a.completion) for b, a in zip(before.texts, after.texts, strict=True))
     return Result(directory, checkpoint, before.metrics, after.metrics, answers)
-
 
 
 def _reference(config: Config, policy: Policy, device: torch.device) -> tuple[Callable[[], AbstractContextManager[Policy]], Policy | None]:
@@ -309,7 +348,11 @@ def _reference(config: Config, policy: Policy, device: torch.device) -> tuple[Ca
                 yield policy
 
         return base, None
-    anchor = Policy(copy.deepcopy(policy.lm)) if config.reference is None else opening.policy_of(opening.language_model(config.reference, None, tuple, 0)[0], device)
+    anchor = (
+        Policy(copy.deepcopy(policy.lm))
+        if config.reference is None
+        else opening.policy_of(opening.language_model(config.reference, None, tuple, 0)[0], device)
+    )
     anchor.requires_grad_(False)
 
     @contextmanager
@@ -325,6 +368,8 @@ def _critic(config: Config, policy: Policy, objective: Objective, judged: Scorin
         return None
     source = judged.critic_source
     if config.critic == "reward_model" and source is None:
-        raise UsageError("critic reward_model: no reward model here reads the policy's tokens, so no critic can start from one; set critic to policy, shared or auto")
+        raise UsageError(
+            "critic reward_model: no reward model here reads the policy's tokens, so no critic can start from one; set critic to policy, shared or auto"
+        )
     made = Critic.from_policy(policy) if source is None or config.critic == "policy" else Critic.from_reward_model(source)
     return made.to(device).requires_grad_(True)

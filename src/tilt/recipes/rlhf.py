@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -20,7 +19,6 @@ from tilt.recipes.rl import Config as Reinforce
 from tilt.recipes.settings import Data, Run, Scratch
 from tilt.recipes.sft import Config as Finetune
 from tilt.runs.files import atomic_write
-from tilt.runs.journal import Journal
 from tilt.runs.text import inert
 
 PENDING = "(the model of the stage before)"
@@ -36,7 +34,10 @@ class Config(Run):
     pretrain: Annotated[Pretrain | None, Field(description="next-token prediction before SFT; null skips it")] = None
     sft: Finetune
     reward_model: RewardModel
-    judge: Annotated[RewardModel | None, Field(description="a second reward model on the other half of the prompts, which measures and is never trained against")] = None
+    judge: Annotated[
+        RewardModel | None,
+        Field(description="a second reward model on the other half of the prompts, which measures and is never trained against"),
+    ] = None
     rl: Reinforce
 
     @model_validator(mode="before")
@@ -48,7 +49,13 @@ class Config(Run):
         data = given.get("data")
         base = {"source": data} if isinstance(data, str) else dict(data) if isinstance(data, Mapping) else {}
         halves = {"reward_model": "first", "judge": "second"} if given.get("judge") is not None else {}
-        defaults: dict[str, dict[str, Any]] = {"pretrain": {"read_as": "preference"}, "sft": {}, "reward_model": {}, "judge": {}, "rl": {"reward": {"model": PENDING}}}
+        defaults: dict[str, dict[str, Any]] = {
+            "pretrain": {"read_as": "preference"},
+            "sft": {},
+            "reward_model": {},
+            "judge": {},
+            "rl": {"reward": {"model": PENDING}},
+        }
         made = dict(given)
         for stage, extra in defaults.items():
             own = made.get(stage, {} if stage in ("sft", "reward_model", "rl") else None)
@@ -64,12 +71,15 @@ class Config(Run):
 def run(config: Config) -> Result:
     """Every stage in `<run>/<stage>/`, each an ordinary run with a config.yaml that reruns it alone, and one report table."""
     opening.settle(config)
+    opening.rows(config.data, "preference")
     directory, journal = opening.directory(config, "rlhf", config.model if isinstance(config.model, str) else config.model.kind, 1, ())
     rows: list[list[str]] = []
     model: str | Scratch = config.model
     began = time.perf_counter()
 
-    def stage(name: str, do: Callable[[Any], Result], settings: Section, report: Callable[[Result], list[list[str]]], **more: Any) -> Result:
+    def stage(
+        name: str, do: Callable[[Any], Result], settings: Section, report: Callable[[Result], list[list[str]]], **more: Any
+    ) -> Result:
         start = time.perf_counter()
         shared = {key: getattr(config, key) for key in SHARED if key not in settings.model_fields_set}
         journal.note(f"── {name} " + "─" * max(0, 70 - len(name)))
@@ -115,18 +125,28 @@ def _likelihood(result: Result) -> list[list[str]]:
 
 
 def _accuracy(result: Result) -> list[list[str]]:
-    return [["held-out accuracy", f"{result.before.get('accuracy', float('nan')):.3f}", f"{result.after.get('accuracy', float('nan')):.3f}"]]
+    return [
+        ["held-out accuracy", f"{result.before.get('accuracy', float('nan')):.3f}", f"{result.after.get('accuracy', float('nan')):.3f}"]
+    ]
 
 
 def _improvement(result: Result) -> list[list[str]]:
     """Held-out measures before and after, and the rise of every score in deviations of the SFT model's own scores."""
     before, after = result.before, result.after
     found = []
-    for name, label in (("reward", "reward"), *((k, k.partition("/")[2]) for k in before if k.startswith("measure/") and not k.endswith("_std"))):
+    for name, label in (
+        ("reward", "reward"),
+        *((k, k.partition("/")[2]) for k in before if k.startswith("measure/") and not k.endswith("_std")),
+    ):
         rise = (after[name] - before[name]) / max(before[f"{name}_std"], 1e-9)
         found.append([f"{label}: mean score", f"{before[name]:.3f}", f"{after[name]:.3f}"])
         found.append([f"{label}: rise in SFT deviations", "", f"{rise:+.2f}"])
-    for name, label in (("kl", "sequence KL to the reference, nats"), ("length", "answer length, tokens"), ("truncated", "truncated"), ("distinct_2", "distinct-2")):
+    for name, label in (
+        ("kl", "sequence KL to the reference, nats"),
+        ("length", "answer length, tokens"),
+        ("truncated", "truncated"),
+        ("distinct_2", "distinct-2"),
+    ):
         if name in after:
             found.append([label, f"{before[name]:.3f}", f"{after[name]:.3f}"])
     return found
@@ -143,5 +163,3 @@ def _report(rows: list[list[str]], final: Result) -> str:
     for prompt, before, after in final.answers[:5]:
         lines += [f"prompt  {inert(prompt)}", f"before  {inert(before)}", f"after   {inert(after)}", ""]
     return "\n".join(lines)
-
-

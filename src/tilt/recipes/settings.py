@@ -63,12 +63,16 @@ class Data(Section):
     columns: dict[str, str] = {}
     eval: Annotated[str | None, Field(description="rows to evaluate on; without it a share of `source` is held out")] = None
     held_out: Annotated[Share, Field(description="share of the prompts kept for evaluation, by the hash of the prompt")] = 0.1
-    half: Annotated[Literal["all", "first", "second"], Field(description="train on all training prompts, or on one of two disjoint halves")] = "all"
+    half: Annotated[
+        Literal["all", "first", "second"], Field(description="train on all training prompts, or on one of two disjoint halves")
+    ] = "all"
     template: Annotated[str, Field(description="how prompts are written: auto, plain, chat, or the name of a bundled template")] = "auto"
     train_on: Literal["completion", "assistant", "all"] = "completion"
     max_prompt_tokens: Count = 256
     max_tokens: Annotated[int, Field(ge=1, description="longest given answer")] = 256
-    over_length: Annotated[Literal["drop", "truncate"], Field(description="what happens to longer rows; either is counted and reported")] = "drop"
+    over_length: Annotated[
+        Literal["drop", "truncate"], Field(description="what happens to longer rows; either is counted and reported")
+    ] = "drop"
 
     @model_validator(mode="before")
     @classmethod
@@ -115,7 +119,10 @@ class Run(Section):
     log_every: Count = 10
     threads: Annotated[int, Field(ge=0, description="CPU threads; 0 = all cores")] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Field(description="of the computation; auto = bfloat16 on a GPU, float32 on a CPU; weights of the policy stay float32")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(description="of the computation; auto = bfloat16 on a GPU, float32 on a CPU; weights of the policy stay float32"),
+    ] = "auto"
     quiet: bool = False
 
 

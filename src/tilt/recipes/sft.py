@@ -17,9 +17,9 @@ from tilt.optim.optimizers import Optimizer
 from tilt.recipes import opening
 from tilt.recipes.finishing import Result, saved
 from tilt.recipes.imitation import imitate
+from tilt.recipes.scoring import scoring
 from tilt.recipes.settings import Evaluation, Sampling, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
-from tilt.recipes.scoring import scoring
 from tilt.recipes.trying import Trial, sampling_of
 
 IMPORTANT = ("loss", "eval/nll", "eval/reward", "grad_norm", "lr", "tokens_per_second")
@@ -31,7 +31,9 @@ class Config(Training):
     epochs: Annotated[float, Field(gt=0.0, description="passes over the rows; `steps` overrides it")] = 3.0
     steps: Annotated[int | None, Field(ge=1)] = None
     batch: Annotated[int, Field(ge=1, description="rows an optimizer step")] = 32
-    average: Annotated[Literal["token", "sequence"], Field(description="mean over tokens of the batch, or over sequences of their token means")] = "token"
+    average: Annotated[
+        Literal["token", "sequence"], Field(description="mean over tokens of the batch, or over sequences of their token means")
+    ] = "token"
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3, schedule="cosine", warmup=10)
     reward: Annotated[Any, Field(description="score sampled answers to held-out prompts with this reward while training")] = None
     sampling: Sampling = Sampling()
@@ -49,18 +51,30 @@ def run(config: Config) -> Result:
     train = render.demonstrations(rows.train)
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch))
     row = ALGORITHMS["sft"] if config.average == "token" else replace(ALGORITHMS["sft"], average=SequenceAverage())
-    learner = Learner(policy, Optimizer(policy, config.optimizer.settings(), steps), settings=Passes(micro_tokens=config.micro_tokens), autocast=opening.precision(config, device))
+    learner = Learner(
+        policy,
+        Optimizer(policy, config.optimizer.settings(), steps),
+        settings=Passes(micro_tokens=config.micro_tokens),
+        autocast=opening.precision(config, device),
+    )
     measure = _measure(config, policy, tokenizer, render, rows.held_out)
     directory, journal = opening.directory(config, "sft", name, steps, IMPORTANT)
     with journal:
-        journal.header([f"run        {directory.path}", opening.headline(name, policy, device, config), *rows.notes, f"           {render.summary()}", f"steps      {steps} of {config.batch} rows"])
+        journal.header(
+            [
+                f"run        {directory.path}",
+                opening.headline(name, policy, device, config),
+                *rows.notes,
+                f"           {render.summary()}",
+                f"steps      {steps} of {config.batch} rows",
+            ]
+        )
         before, after, step = imitate(
             learner, row, train, journal, measure, steps=steps, batch=min(config.batch, len(train)), seed=config.seed, every=config.eval.every,
             stop=lambda found: config.stop_at is not None and found.get("reward", float("-inf")) >= config.stop_at,
         )  # fmt: skip
         checkpoint = saved(directory, step, partial(save, policy.lm, tokenizer), config.save)
     return Result(directory, checkpoint, before, after)
-
 
 
 def _measure(config: Config, policy: Any, tokenizer: Any, render: Any, held_out: list[dict[str, Any]]) -> Callable[[], dict[str, float]]:

@@ -34,10 +34,20 @@ class Trial:
 
     @staticmethod
     def of(
-        policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], scoring: Scoring, sampling: Sampling, given: settings.Evaluation, *, seed: int, slots: int
+        policy: Policy,
+        tokenizer: Any,
+        prompts: Sequence[Prompt],
+        scoring: Scoring,
+        sampling: Sampling,
+        given: settings.Evaluation,
+        *,
+        seed: int,
+        slots: int,
     ) -> Trial:
         own = replace(sampling, temperature=given.temperature, top_p=given.top_p, top_k=given.top_k)
-        return Trial(Sampler(policy.lm, tokenizer, sampling, seed=seed, slots=slots), list(prompts)[: given.prompts], scoring, own, given.samples)
+        return Trial(
+            Sampler(policy.lm, tokenizer, sampling, seed=seed, slots=slots), list(prompts)[: given.prompts], scoring, own, given.samples
+        )
 
     def __call__(self) -> Assessment:
         found = assess(self.sampler, self.prompts, self.scoring, self.scoring.read, samples=self.samples, sampling=self.sampling)

@@ -68,7 +68,18 @@ class Prefill:
         self.real = torch.from_numpy(np.flatnonzero(inside)).to(device)
         self.masks: dict[int, Tensor] = {}
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """Causal attention of each prompt to itself, right-padded to the longest."""
         q, k, v = (x[0][:, self.pad].transpose(0, 1) for x in (query, key, value))  # [prompts, heads, widest, width]
         rows = slice(self.first, self.first + self.prompts)
@@ -77,7 +88,13 @@ class Prefill:
         if softcap is None and sinks is None:
             plain = window is None or window >= self.widest
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=None if plain else self._visible(window), is_causal=plain, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+                q,
+                k,
+                v,
+                attn_mask=None if plain else self._visible(window),
+                is_causal=plain,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
         else:
             repeat = q.shape[1] // k.shape[1]
@@ -128,7 +145,18 @@ class Decode:
         self.slots: dict[int, Tensor] = {}
         return torch.from_numpy(self.prompt_length + answered).to(self.device)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """Attention of every row's new token to its prompt and its own answer, itself included."""
         heads, kv_heads, width, rows = query.shape[1], key.shape[1], query.shape[3], self.rows
         keys, values = self.answers.layer(layer, key, value)
@@ -157,7 +185,11 @@ class Decode:
 
     def _by_row(self, x: Tensor, heads: int) -> Tensor:
         """The way back: [groups · kv_heads, most · repeat, n] → [rows, heads, n]."""
-        x = x.view(self.groups, -1, self.most, heads * self.groups // x.shape[0], x.shape[2]).transpose(1, 2).reshape(self.groups * self.most, heads, x.shape[2])
+        x = (
+            x.view(self.groups, -1, self.most, heads * self.groups // x.shape[0], x.shape[2])
+            .transpose(1, 2)
+            .reshape(self.groups * self.most, heads, x.shape[2])
+        )
         return x if self.straight else x[self.place]
 
     def _slots(self, kv_heads: int) -> Tensor:

@@ -12,7 +12,9 @@ from tilt.data.rollouts import Sampling
 SCORES = 2**23  # vocabulary scores in memory at once: rows are drawn in parts of so many
 
 
-def choose(head: Callable[[Tensor], Tensor], hidden: Tensor, vocabulary: int, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def choose(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, vocabulary: int, uniforms: Tensor, sampling: Sampling
+) -> tuple[Tensor, Tensor]:
     """The next token of each row from hidden states [rows, D], and its log-probability, a part of the rows at a time where the vocabulary is large."""
     rows = max(1, SCORES // vocabulary)
     if len(hidden) <= rows:

@@ -133,7 +133,9 @@ class Queue:
     def record(self, tokens: Ints, logprobs: NDArray[np.float64], stops: Stops) -> NDArray[np.bool_]:
         """Append one token to each active row; which rows have ended. Those that ended are answers now."""
         if not np.isfinite(logprobs).all():
-            raise NumericError("The policy's scores are not finite (NaN or infinity) while sampling.\nIts weights have diverged: go back to an earlier checkpoint, or lower the learning rate.")
+            raise NumericError(
+                "The policy's scores are not finite (NaN or infinity) while sampling.\nIts weights have diverged: go back to an earlier checkpoint, or lower the learning rate."
+            )
         active = self.active
         if self.length[active].max() == self.tokens.shape[1]:
             self.tokens = np.concatenate((self.tokens, np.zeros_like(self.tokens)), axis=1)
@@ -146,7 +148,9 @@ class Queue:
         for row in np.flatnonzero(ended):
             i = active[row]
             n = self.length[i]
-            self.done[i] = Answer(tuple(self.tokens[i, :n].tolist()), tuple(self.logprobs[i, :n].tolist()), "stop" if stopped[row] else "length")
+            self.done[i] = Answer(
+                tuple(self.tokens[i, :n].tolist()), tuple(self.logprobs[i, :n].tolist()), "stop" if stopped[row] else "length"
+            )
         return ended
 
     def leave(self, forward: Forward, ended: NDArray[np.bool_]) -> None:

@@ -37,7 +37,9 @@ class Sampler:
         """`samples` answers to each prompt, prompt by prompt, under the training settings."""
         return self._rollouts(prompts, samples, self.sampling, step, stream)
 
-    def evaluate(self, prompts: Sequence[Prompt], samples: int, *, step: int, sampling: Sampling | None = None, stream: str = "eval") -> list[Rollout]:
+    def evaluate(
+        self, prompts: Sequence[Prompt], samples: int, *, step: int, sampling: Sampling | None = None, stream: str = "eval"
+    ) -> list[Rollout]:
         """The same on randomness of its own and under any settings, greedy and truncated ones included; training is not disturbed."""
         settings = self.sampling if sampling is None else sampling
         check(settings, vocabulary_of(self.lm), training=False)
@@ -65,12 +67,15 @@ class Sampler:
         ids = [prompt.id for prompt in prompts for _ in range(samples)]
         key = keys(self.seed, stream, step, ids, list(range(samples)) * len(prompts)).reshape(len(prompts), samples)
         requests = [
-            Request(np.array(prompt.tokens, dtype=np.int64), key[i], min(sampling.max_tokens, context - len(prompt.tokens))) for i, prompt in enumerate(prompts)
+            Request(np.array(prompt.tokens, dtype=np.int64), key[i], min(sampling.max_tokens, context - len(prompt.tokens)))
+            for i, prompt in enumerate(prompts)
         ]
         stops = Stops(vocabulary_of(self.lm), sampling.stop_ids, sampling.stop_strings, self._decode)
         found = generate(self.lm, requests, sampling, stops, self.slots)
         return [
-            Rollout(prompt, a.tokens, (True,) * len(a.tokens), a.logprobs, a.stop, sampling, self.version, (self.seed, step, prompt.id, number))
+            Rollout(
+                prompt, a.tokens, (True,) * len(a.tokens), a.logprobs, a.stop, sampling, self.version, (self.seed, step, prompt.id, number)
+            )
             for prompt, answers in zip(prompts, found, strict=True)
             for number, a in enumerate(answers)
         ]
@@ -107,7 +112,9 @@ def check(sampling: Sampling, vocabulary: int, *, training: bool) -> None:
         wrong.append("stop_strings has an empty string, which every text contains")
     if training and sampling.truncated and not wrong:
         asked = "temperature 0" if sampling.temperature == 0 else f"top_k {sampling.top_k}" if sampling.top_k else f"top_p {sampling.top_p}"
-        wrong.append(f"{asked} in a training rollout: the policy would be scored under another distribution than it was sampled from.\nUse temperature > 0 with top_k 0 and top_p 1 for training; truncate in evaluation only")
+        wrong.append(
+            f"{asked} in a training rollout: the policy would be scored under another distribution than it was sampled from.\nUse temperature > 0 with top_k 0 and top_p 1 for training; truncate in evaluation only"
+        )
     if wrong:
         raise UsageError("sampling: " + "\nsampling: ".join(wrong) + ".")
 
@@ -116,7 +123,9 @@ def refuse_long(prompts: Sequence[Prompt], context: int) -> None:
     """Every prompt must have a token to start from and leave room for one token of answer."""
     empty = [p.id for p in prompts if not p.tokens]
     if empty:
-        raise UsageError(f"{len(empty)} of {len(prompts)} prompts have no tokens (first: prompt {empty[0]}).\nStart them with a beginning-of-text token.")
+        raise UsageError(
+            f"{len(empty)} of {len(prompts)} prompts have no tokens (first: prompt {empty[0]}).\nStart them with a beginning-of-text token."
+        )
     long = [p for p in prompts if len(p.tokens) >= context]
     if long:
         worst = max(long, key=lambda p: len(p.tokens))

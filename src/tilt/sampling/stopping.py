@@ -38,7 +38,9 @@ class Stops:
         """Whether some stop string could end inside this token's text. Pieces of characters, and spaces that decoding drops, count as maybe."""
         if self.known[token] == _UNKNOWN:
             piece = self.decode([token])
-            maybe = not piece.strip() or "\ufffd" in piece or any(ends_within(s, text) for s in self.strings for text in (piece, " " + piece))
+            maybe = (
+                not piece.strip() or "\ufffd" in piece or any(ends_within(s, text) for s in self.strings for text in (piece, " " + piece))
+            )
             self.known[token] = _MAYBE if maybe else _NEVER
         return bool(self.known[token] == _MAYBE)
 

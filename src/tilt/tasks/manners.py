@@ -15,7 +15,12 @@ THINGS = ("cup", "lamp", "chair", "door", "boat", "kite", "coat", "drum", "vase"
 OPENINGS = ("sure", "gladly", "well", "okay", "ugh", "whatever")
 CLOSINGS = ("thank you", "my pleasure", "that is all", "so be it", "now go away", "do not ask again")
 KINDNESS = {"sure": 1, "gladly": 2, "well": 0, "okay": 0, "ugh": -1, "whatever": -2, "thank": 1, "pleasure": 2, "go": -1, "ask": -2}
-WORDS = tuple(sorted({w for group in (VERBS, COLOURS, THINGS, OPENINGS, CLOSINGS) for words in group for w in words.split()} | {"i", "will", "the", "please"}))
+WORDS = tuple(
+    sorted(
+        {w for group in (VERBS, COLOURS, THINGS, OPENINGS, CLOSINGS) for words in group for w in words.split()}
+        | {"i", "will", "the", "please"}
+    )
+)
 
 
 @dataclass(frozen=True)
