@@ -177,6 +177,10 @@ def _dotted(text: str) -> Key:
     return tuple(part.strip().strip("\"'") for part in text.split("."))
 
 
+ALONE = {"data": "source"}
+"""Sections that may be written as one setting alone: `data: NAME` is `data: {source: NAME}`, so `data.held_out` can still be set."""
+
+
 def override(document: Document, arguments: Sequence[str]) -> None:
     """Set `key.sub=value`, `--key.sub value` or `--key.sub=value` in the document; list items are reached by number."""
     for name, text in _pairs(arguments):
@@ -208,8 +212,11 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _set(document: Document, path: Key, value: Any, origin: str) -> None:
     here: Any = document.values
+    above: Any = None
     for depth, key in enumerate(path):
         where = ".".join(path[:depth])
+        if isinstance(here, str) and path[depth - 1] in ALONE and isinstance(above, dict):
+            above[path[depth - 1]] = here = {ALONE[path[depth - 1]]: here}
         if isinstance(here, list):
             if not key.isdecimal() or int(key) >= len(here):
                 raise UsageError(f"`{where}` is a list of {len(here)}: `{key}` is not one of its numbers 0–{len(here) - 1} ({origin})")
@@ -228,4 +235,4 @@ def _set(document: Document, path: Key, value: Any, origin: str) -> None:
         elif here[index] is None:
             here[index] = {}
         document.origins.setdefault(path[: depth + 1], origin)
-        here = here[index]
+        above, here = here, here[index]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,33 +12,38 @@ from torch import Tensor
 
 from tilt.data.packing import pack
 from tilt.data.rollouts import Prompt, Rollout, Sampling
-from tilt.models.policy import Policy, RewardModel
+from tilt.distributions import score_actions
+from tilt.models.policy import Policy
 from tilt.objectives import Rewards
 from tilt.rewards.text import Text
 from tilt.sampling.sampler import Sampler
 
 
-def likelihood(policy: Policy, rollouts: Sequence[Rollout], micro_tokens: int) -> dict[str, float]:
-    """Mean negative log-likelihood of the trained tokens (nats a token), its perplexity, and the share of sequences whose last token (the stop) is the likeliest."""
+def likelihood(
+    policy: Policy, rollouts: Sequence[Rollout], micro_tokens: int, stop_ids: Sequence[int] = (),
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> dict[str, float]:  # fmt: skip
+    """Mean negative log-likelihood of the trained tokens (nats a token) and its perplexity; of the answers that end with a stop token, `ends` is
+    the share after which the policy finds some stop token the likeliest."""
     batch = pack(rollouts)
     device = next(policy.parameters()).device
     total = torch.zeros((), dtype=torch.float64)
-    with torch.no_grad():
+    stops = torch.tensor(list(stop_ids), dtype=torch.long)
+    ended = torch.isin(batch.actions[batch.layout.last], stops)
+    right = 0
+    with torch.no_grad(), autocast():
         for part in batch.split(micro_tokens):
-            total -= policy(batch.take(part).to(device)).logprobs.double().sum().cpu()
+            small = batch.take(part).to(device)
+            hidden = policy.hidden(small)
+            chosen = hidden[small.predictors]
+            logprobs, _ = score_actions(chosen, policy.head, small.actions, temperature=1.0, entropy=False, chunk=policy.chunk)
+            total -= logprobs.double().sum().cpu()
+            if len(stops):
+                likeliest = policy.head(chosen[small.layout.last]).argmax(-1).cpu()
+                right += int((torch.isin(likeliest, stops) & ended[part]).sum())
     nll = float(total) / batch.layout.actions
-    return {"nll": nll, "perplexity": math.exp(min(nll, 50.0))}
-
-
-def scores(model: RewardModel, rollouts: Sequence[Rollout], micro_tokens: int) -> Tensor:
-    """The reward model's score of each sequence, [S]."""
-    batch = pack(rollouts)
-    device = next(model.parameters()).device
-    found = torch.zeros(batch.layout.sequences)
-    with torch.no_grad():
-        for part in batch.split(micro_tokens):
-            found[part] = model(batch.take(part).to(device)).float().cpu()
-    return found
+    found = {"nll": nll, "perplexity": math.exp(min(nll, 50.0))}
+    return found | ({"ends": right / int(ended.sum())} if ended.any() else {})
 
 
 @dataclass(frozen=True)

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tilt.data.packing import Pack
 from tilt.errors import NumericError
 from tilt.learning.meter import Meter
 from tilt.models.policy import Critic, Policy
-from tilt.objectives import Experience, Objective, Outputs, Signals
-from tilt.optim.optimizers import Optimizer
+from tilt.objectives import Experience, Layout, NoPenalty, Objective, Outputs, Signals, TokenRatio
+from tilt.optim.optimizers import Optimizer, clip
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How one batch is used: `passes` over it, each in `minibatches` optimizer steps, each in micro-batches of at most `micro_tokens` tokens."""
+    """How one batch is used: `passes` over it, each in `minibatches` optimizer steps, each in micro-batches of at most `micro_tokens` tokens.
+
+    `max_gap` is the largest mean |probability under the learner - under the sampler, or under old| tolerated before a batch's first step.
+    """
 
     passes: int = 1
     minibatches: int = 1
     micro_tokens: int = 16384
+    max_gap: float = 0.05
 
     @property
     def steps(self) -> int:
@@ -33,19 +38,40 @@ class Passes:
 
 @dataclass(frozen=True)
 class Report:
-    """What an update did: metrics of the step, and channels on the action axis of the last pass (`new`, `entropy`, `ratio`, `push` = -∂loss/∂logprobs)."""
+    """What an update did: metrics of the step; channels on the action axis, NaN where an action was not trained on; which sequences were `trained`, [S].
+
+    `first` holds the log-probabilities of the first visit, which with one optimizer step are `old`. Where asked for, of the last pass:
+    `new`, `entropy`, `ratio`, `clip` (+1 cut for being too high, -1 too low, 2 outside but not binding, 0 inside), `push` = -∂loss/∂logprobs.
+    """
 
     metrics: dict[str, float]
-    channels: dict[str, Tensor] = field(default_factory=dict)
-    skipped: bool = False
+    channels: dict[str, Tensor]
+    trained: Tensor
+
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing in the batch could move the weights."""
+        return not bool(self.trained.any())
 
 
 class NonFinite(NumericError):
-    """A loss term or gradient that is not finite; carries the micro-batch that made it."""
+    """A loss term or gradient that is not finite; carries the micro-batch that made it, and its experience where there is one."""
 
-    def __init__(self, term: str, batch: Pack) -> None:
+    def __init__(self, term: str, batch: Pack, experience: Experience | None = None) -> None:
         super().__init__(f"{term} is not finite; the update was not applied")
-        self.term, self.batch = term, batch
+        self.term, self.batch, self.experience = term, batch, experience
+
+
+class Mismatch(NumericError):
+    """The policy that is trained is not the one that sampled, or not the one that was scored."""
+
+    def __init__(self, whom: str, gap: float, allowed: float) -> None:
+        super().__init__(
+            f"the learner and {whom} disagree about the same answers: mean |probability difference| {gap:.3g}, above max_mismatch {allowed:g}; "
+            "the update was not applied.\n"
+            "  healthy: below 0.005 in float32, 0.01 in bfloat16. Look for another temperature, stale weights, answers that were tokenised again,\n"
+            "  dropout, or a lower precision on one side; `max_mismatch` sets the limit"
+        )
 
 
 class Learner:
@@ -87,7 +113,7 @@ class Learner:
         shared = self.critic is None and "values" in needs
         with torch.no_grad(), self.autocast():
             for part in batch.split(self.settings.micro_tokens):
-                actions, small = layout.actions_of(part), batch.take(part).to(self.device)
+                actions, small = layout.actions_of(part), share_of(batch, part).to(self.device)
                 if "old" in needs or shared:
                     said = self.policy(small, temperature=temperature, values=shared)
                     found["old"][actions] = said.logprobs.cpu().to(nan.dtype)
@@ -111,36 +137,47 @@ class Learner:
         temperature: float = 1.0,
         step: int = 0,
         only_critic: bool = False,
+        watch: bool = False,
     ) -> Report:
-        """Train on the experience: passes, minibatches, micro-batches, one clipped optimizer step a minibatch.
+        """Train on the experience: passes, minibatches, micro-batches, one clipped optimizer step a minibatch; `watch` asks for all channels.
 
         Sequences that cannot move the weights (advantage zero everywhere, no penalty, no value loss) are left out; the denominators keep them.
         A batch of nothing else is skipped. With one optimizer step a batch, `old` is the policy itself and the ratio is exactly 1.
         """
-        live = self._live(experience, objective)
-        if len(live) == 0:
-            return Report({"skipped": 1.0}, skipped=True)
-        fresh = self.settings.steps == 1 and not torch.isfinite(experience.signals.old).all()
-        meter, channels = Meter(), _Channels(experience.layout.actions, batch.sampler.dtype)
+        settings, lr = self.settings, self.optimizer.lr
+        live = movable(experience, objective)
+        channels = Channels(experience.layout, batch.sampler.dtype, watch)
+        fresh = settings.steps == 1 and not torch.isfinite(experience.signals.old).all()
+        meter, updates = Meter(), 0
         for part, scale in self._minibatches(live, step):
-            for micro in batch.split(self.settings.micro_tokens, part):
-                small, share = batch.take(micro).to(self.device), _to(experience.take(micro), self.device)
+            if len(part) == 0:
+                self._pass_over(only_critic)
+                continue
+            gaps = Meter()
+            for micro in batch.split(settings.micro_tokens, part):
+                small, share = share_of(batch, micro).to(self.device), _to(share_of(experience, micro), self.device)
                 with self.autocast():
                     said = self._forward(small, objective, temperature)
                 if fresh:
                     share = replace(share, signals=replace(share.signals, old=said.logprobs.detach()))
                 loss = objective.loss(said, share) * scale
                 if not torch.isfinite(loss):
-                    raise NonFinite(_culprit(said, share), small)
-                if said.logprobs.requires_grad:
+                    raise NonFinite(_culprit(said, share, objective), small, share)
+                if watch and said.logprobs.requires_grad:
                     said.logprobs.retain_grad()
                 loss.backward()
+                if updates == 0:
+                    gaps.add(_gaps(said, share, objective))
                 meter.add(objective.metrics(said, share))
-                meter.add({"loss": (loss.detach() / scale, torch.tensor(1 / self.settings.steps))}, total=True)
-                channels.put(experience.layout.actions_of(micro), said, share, scale)
+                meter.add({"loss": (loss.detach() / scale, torch.tensor(len(micro) / int(live.sum())))})
+                channels.put(micro, said, share, objective, scale)
+            if updates == 0:
+                meter.add(self._trusted(gaps))
             self._step(meter, small, only_critic)
-        self.version += 1
-        return Report(meter.read() | {"lr": self.optimizer.lr, "skipped": 0.0, "sequences/trained": float(len(live))}, channels.read())
+            updates += 1
+        self.version += updates > 0
+        found = meter.read() | {"lr": lr, "skipped": float(updates == 0), "sequences/trained": float(live.sum())}
+        return Report(found, channels.values, live)
 
     def _forward(self, small: Pack, objective: Objective, temperature: float) -> Outputs:
         values = "values" in objective.needs
@@ -150,59 +187,120 @@ class Learner:
             said = replace(said, values=each, final=final)
         return said
 
-    def _live(self, experience: Experience, objective: Objective) -> Tensor:
-        layout = experience.layout
-        if objective.penalty.needs or objective.value.needs:
-            return torch.arange(layout.sequences)
-        moving = torch.zeros(layout.sequences).index_add_(0, layout.sequence, (experience.advantages * experience.weights != 0).float())
-        return torch.nonzero(moving).flatten()
-
     def _minibatches(self, live: Tensor, step: int) -> Iterator[tuple[Tensor, float]]:
-        """Sequences of each optimizer step, and the factor that makes its share of the batch's weights a whole one."""
-        settings = self.settings
+        """The live sequences of each optimizer step, and the factor that makes the weights of its share of the batch those of a whole one.
+
+        All sequences are dealt out, then the others dropped: 6 sequences in 2 minibatches of 3, scale 2, whatever of each 3 is live.
+        """
+        settings, count = self.settings, len(live)
         if settings.minibatches == 1:
-            yield from ((live, 1.0) for _ in range(settings.passes))
+            yield from ((torch.nonzero(live).flatten(), 1.0) for _ in range(settings.passes))
             return
         for number in range(settings.passes):
             generator = torch.Generator().manual_seed(hash((self.seed, step, number)) & 0x7FFFFFFF)
-            order = torch.randperm(len(live), generator=generator)
-            for part in order.chunk(settings.minibatches):
-                yield live[part], len(live) / len(part)
+            for part in torch.randperm(count, generator=generator).tensor_split(settings.minibatches):
+                yield part[live[part]], count / max(1, len(part))
+
+    def _trusted(self, gaps: Meter) -> dict[str, tuple[Tensor, Tensor]]:
+        """The gaps before a batch's first step as metrics; one beyond `max_gap` stops the run."""
+        found = gaps.read()
+        for name, whom in (("sampler/probability_gap_mean", "the sampler"), ("val/first_gap", "the policy of a moment ago (`old`)")):
+            if found.get(name, 0.0) > self.settings.max_gap:
+                raise Mismatch(whom, found[name], self.settings.max_gap)
+        return {name: (torch.tensor(value), torch.ones(())) for name, value in found.items()}
 
     def _step(self, meter: Meter, small: Pack, only_critic: bool) -> None:
-        for name, optimizer in {"grad_norm": self.optimizer, "critic/grad_norm": self.critic_optimizer}.items():
-            if optimizer is None:
-                continue
-            if only_critic and optimizer is self.optimizer:
-                optimizer.clear()
-                continue
-            norm = optimizer.step()
+        """One step of each optimizer, or none where a gradient is not finite."""
+        if self.critic_optimizer is not None and not torch.isfinite(clip(self.critic_optimizer.parameters, 0.0)):
+            raise NonFinite("the gradient of the critic", small)
+        if only_critic:
+            self.optimizer.clear()
+        else:
+            norm = self.optimizer.step()
             if not torch.isfinite(norm):
-                raise NonFinite("the gradient of the " + ("critic" if "critic" in name else "policy"), small)
-            meter.add({name: (norm.detach(), torch.ones(()))})
+                raise NonFinite("the gradient of the policy", small)
+            meter.add({"grad_norm": (norm, torch.ones(()))})
+        if self.critic_optimizer is not None:
+            meter.add({"critic/grad_norm": (self.critic_optimizer.step(), torch.ones(()))})
+
+    def _pass_over(self, only_critic: bool) -> None:
+        """A step that has nothing to train on still counts for the schedules, which end with the run."""
+        for optimizer in (None if only_critic else self.optimizer, self.critic_optimizer):
+            if optimizer is not None:
+                optimizer.steps += 1
 
 
-class _Channels:
-    """Per-action values of the latest micro-batch that held each action."""
+Shareable = TypeVar("Shareable", Pack, Experience)
 
-    def __init__(self, actions: int, dtype: torch.dtype) -> None:
-        self.values = {name: torch.full((actions,), float("nan"), dtype=dtype) for name in ("new", "entropy", "ratio", "push", "values")}
 
-    def put(self, actions: Tensor, said: Outputs, share: Experience, scale: float) -> None:
-        new = said.logprobs.detach()
-        push = torch.zeros_like(new) if said.logprobs.grad is None else -said.logprobs.grad / scale
+def share_of(whole: Shareable, sequences: Tensor) -> Shareable:
+    """`whole.take(sequences)`, or the whole itself where these are all its sequences in order."""
+    count = whole.layout.sequences
+    return whole if len(sequences) == count and torch.equal(sequences, torch.arange(count)) else whole.take(sequences)
+
+
+def movable(experience: Experience, objective: Objective) -> Tensor:
+    """Sequences that can move the weights, [S]: with a penalty or a value loss all of them, else those with an advantage other than 0."""
+    layout = experience.layout
+    if not isinstance(objective.penalty, NoPenalty) or objective.value.needs or not _rests(objective):
+        return torch.ones(layout.sequences, dtype=torch.bool)
+    moving = (experience.advantages * experience.weights != 0).to(torch.get_default_dtype())
+    return torch.zeros(layout.sequences).index_add_(0, layout.sequence, moving) > 0
+
+
+def _rests(objective: Objective) -> bool:
+    """Whether the surrogate has no gradient where the advantage is 0, on a probe: true of every row of the table, not of every row of one's own."""
+    ratio, logprobs = torch.tensor([0.5, 1.0, 2.0], requires_grad=True), torch.full((3,), -1.0, requires_grad=True)
+    gain = objective.surrogate(ratio, logprobs, torch.zeros(3))
+    if not gain.requires_grad:
+        return True
+    found = torch.autograd.grad(gain.sum(), (ratio, logprobs), allow_unused=True)
+    return all(slope is None or not slope.any() for slope in found)
+
+
+def _gaps(said: Outputs, share: Experience, objective: Objective) -> dict[str, tuple[Tensor, Tensor]]:
+    """|probability now - when sampled| and |now - under old| as (sum, number of actions that have both)."""
+    before = {"sampler/probability_gap_mean": share.signals.sampler}
+    before |= {"val/first_gap": share.signals.old} if "old" in objective.needs else {}
+    gaps = {name: (said.logprobs.detach().exp() - other.exp()).abs() for name, other in before.items()}
+    return {name: (gap.nansum(), (~gap.isnan()).sum()) for name, gap in gaps.items()}
+
+
+class Channels:
+    """Per-action values of the micro-batches that held each action: `first` of its first visit, the others of its last, kept where they are wanted."""
+
+    def __init__(self, layout: Layout, dtype: torch.dtype, watch: bool) -> None:
+        self.layout, self.watch = layout, watch
+        names = ("first", "new", "entropy", "ratio", "clip", "push") if watch else ("first",)
+        self.values = {name: torch.full((layout.actions,), float("nan"), dtype=dtype) for name in names}
+
+    def put(self, sequences: Tensor, said: Outputs, share: Experience, objective: Objective, scale: float) -> None:
+        actions, new = self.layout.actions_of(sequences), said.logprobs.detach()
+        seen = self.values["first"][actions]
+        self.values["first"][actions] = torch.where(seen.isnan(), new.to(seen), seen)
+        if not self.watch:
+            return
+        kind = objective.ratio if "old" in objective.ratio.needs else TokenRatio()
+        ratio = kind(new, share.signals.old, share.layout).detach()
+        grad = said.logprobs.grad
         found = {
-            "new": new,
-            "entropy": said.entropy.detach(),
-            "ratio": (new - share.signals.old).exp(),
-            "push": push,
-            "values": said.values.detach(),
-        }
+            "new": new, "entropy": said.entropy.detach(), "ratio": ratio, "clip": clip_marks(objective, ratio, share.advantages),
+            "push": torch.zeros_like(new) if grad is None else -grad / scale,
+        }  # fmt: skip
         for name, value in found.items():
-            self.values[name][actions] = value.cpu().to(self.values[name].dtype)
+            self.values[name][actions] = value.to(self.values[name])
 
-    def read(self) -> dict[str, Tensor]:
-        return self.values
+
+def clip_marks(objective: Objective, ratio: Tensor, advantages: Tensor) -> Tensor:
+    """+1 where the surrogate cuts a ratio for being too high, -1 too low, 2 where it would for another sign of the advantage, else 0."""
+    clipped = getattr(objective.surrogate, "clipped", None)
+    if clipped is None or "old" not in objective.ratio.needs:
+        return torch.zeros_like(ratio)
+    low, high = clipped(ratio, advantages)
+    outside = torch.zeros_like(low)
+    for sign in (1.0, -1.0):
+        outside = outside | torch.stack(clipped(ratio, torch.full_like(advantages, sign))).any(0)
+    return high.to(ratio) - low.to(ratio) + 2 * (outside & ~low & ~high).to(ratio)
 
 
 def _to(experience: Experience, device: torch.device) -> Experience:
@@ -214,15 +312,15 @@ def _to(experience: Experience, device: torch.device) -> Experience:
     )
 
 
-def _culprit(said: Outputs, share: Experience) -> str:
+def _culprit(said: Outputs, share: Experience, objective: Objective) -> str:
     """The first term that is not finite, in the order in which the loss is made."""
-    terms = {"the policy's log-probabilities": said.logprobs, "the advantages": share.advantages, "the weights": share.weights}
-    for name, value in terms.items():
-        if not torch.isfinite(value).all():
+    seen, signals = share.weights != 0, share.signals
+    asked = objective.needs
+    terms = {"the policy's log-probabilities": said.logprobs, "the weights": share.weights}
+    terms |= {"the reference's log-probabilities": signals.reference} if "reference" in asked else {}
+    terms |= {"the critic's values": said.values, "the critic's values before the update": signals.values} if "values" in asked else {}
+    terms |= {"the old log-probabilities": signals.old} if "old" in asked else {}
+    for name, value in (terms | {"the advantages": share.advantages}).items():
+        if not torch.isfinite(value[seen]).all():
             return name
     return "the loss"
-
-
-def parameters(module: nn.Module) -> tuple[int, int]:
-    """Number of parameters, and of those that are trained."""
-    return sum(p.numel() for p in module.parameters()), sum(p.numel() for p in module.parameters() if p.requires_grad)

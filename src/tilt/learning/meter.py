@@ -9,25 +9,21 @@ from torch import Tensor
 
 
 class Meter:
-    """Adds (sum, weight) pairs without leaving the device; `read` divides."""
+    """Adds (sum, weight) pairs without leaving the device; `read` divides: (1, 2) and (5, 1) → 6 / 3 = 2."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor] = {}
-        self._totals: set[str] = set()
+        self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def add(self, pairs: Mapping[str, tuple[Tensor, Tensor]], *, total: bool = False) -> None:
-        """Add pairs; a `total` is read as sum times weight instead of sum over weight."""
+    def add(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Add pairs to those of the same name."""
         for name, (value, weight) in pairs.items():
-            self._sums[name] = self._sums.get(name, torch.zeros(())) + value.detach().float().cpu() * (weight if total else 1)
-            self._weights[name] = self._weights.get(name, torch.zeros(())) + weight.detach().float().cpu()
-            if total:
-                self._totals.add(name)
+            value, weight = value.detach(), weight.detach()
+            known = self._pairs.get(name)
+            self._pairs[name] = (value, weight) if known is None else (known[0] + value, known[1] + weight)
 
     def read(self) -> dict[str, float]:
-        """Every metric as a number; one without weight is left out."""
-        return {
-            k: float(v if k in self._totals else v / self._weights[k])
-            for k, v in self._sums.items()
-            if k in self._totals or float(self._weights[k]) > 0
-        }
+        """Every metric as a number; one without weight was not measured and is left out."""
+        if not self._pairs:
+            return {}
+        table = torch.tensor([[float(value), float(weight)] for value, weight in self._pairs.values()], dtype=torch.float64)
+        return {name: float(value / weight) for name, (value, weight) in zip(self._pairs, table, strict=True) if float(weight) > 0}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tilt.data.packing import Pack, pack
 from tilt.data.rollouts import Rollout
-from tilt.errors import NumericError
+from tilt.learning.learner import NonFinite
 from tilt.learning.meter import Meter
 from tilt.models.policy import Policy, RewardModel
 from tilt.objectives import Pairs, Preference
@@ -51,11 +51,14 @@ def packed(pairs: Sequence[Pair]) -> Pack:
     return pack([answer for pair in pairs for answer in pair])
 
 
-def score_pairs(score: Score, pairs: Sequence[Pair], micro_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def score_pairs(
+    score: Score, pairs: Sequence[Pair], micro_tokens: int, device: torch.device,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The first view of the chosen and of the rejected answers, [N] each, without gradient."""
     batch = packed(pairs)
     found = torch.zeros(2 * len(pairs))
-    with torch.no_grad():
+    with torch.no_grad(), autocast():
         for part in batch.split(micro_tokens):
             found[part] = score(batch.take(part).to(device))[0].float().cpu()
     return found[0::2], found[1::2]
@@ -69,10 +72,12 @@ def update_pairs(
 
     Metrics are those of the first view.
     """
-    batch, meter, weight = packed(pairs), Meter(), 1 / len(pairs)
+    batch, meter, weight, lr = packed(pairs), Meter(), 1 / len(pairs), optimizer.lr
     for part in _whole_pairs(batch, micro_tokens):
+        small = batch.take(torch.stack([2 * part, 2 * part + 1], 1).flatten()).to(device)
         with autocast():
-            found = score(batch.take(torch.stack([2 * part, 2 * part + 1], 1).flatten()).to(device)).float()
+            found = score(small)
+        found = found if found.dtype == torch.float64 else found.float()
         anchors = (
             {}
             if reference is None
@@ -81,15 +86,15 @@ def update_pairs(
         shares = [Pairs.of(view[0::2], view[1::2], weights=torch.full_like(view[0::2], weight), **anchors) for view in found]
         loss = torch.stack([portion * preference.loss(share) for portion, share in zip(views, shares, strict=True)]).sum()
         if not torch.isfinite(loss):
-            raise NumericError("the loss of the pairs is not finite; the update was not applied")
+            raise NonFinite("the model's scores" if not torch.isfinite(found).all() else "the loss of the pairs", small)
         loss.backward()  # type: ignore[no-untyped-call]
         meter.add(preference.metrics(shares[0]))
-        meter.add({"loss": (loss.detach(), torch.ones(()))}, total=True)
+        meter.add({"loss": (loss.detach(), torch.tensor(len(part) / len(pairs)))})
     norm = optimizer.step()
     if not torch.isfinite(norm):
-        raise NumericError("the gradient is not finite; the update was not applied")
+        raise NonFinite("the gradient", small)
     named = {name.removeprefix("preference/"): value for name, value in meter.read().items()}
-    return named | {"grad_norm": float(norm), "lr": optimizer.lr}
+    return named | {"grad_norm": float(norm), "lr": lr}
 
 
 def _whole_pairs(batch: Pack, budget: int) -> list[Tensor]:

@@ -16,11 +16,16 @@ from tilt.models import adapters, compat
 from tilt.models.agreement import note, settle
 from tilt.models.policy import RewardModel
 
-__all__ = ["build", "load", "load_reward_model", "note", "padded_tokenizer", "tiny"]
+__all__ = ["build", "load", "load_reward_model", "note", "padded_tokenizer", "read_tokenizer", "tiny"]
 
 
-def load(model: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, Any]:
-    """A causal LM and its tokenizer from a folder or a hub name (from the local cache when offline); a LoRA folder is merged into its base."""
+def load(
+    model: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", tokenizer: str | Path | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """A causal LM and its tokenizer from a folder or a hub name (from the local cache when offline); a LoRA folder is merged into its base.
+
+    `tokenizer` names another folder or hub name to take the tokenizer from.
+    """
     compat.quiet()
     folder = Path(model).expanduser()
     adapter = folder if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists() else None
@@ -31,7 +36,7 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32, device: torch
         merged = adapter
         lm = reading(str(adapter), lambda: adapters.merge_adapter(lm, merged))
     words = str(adapter) if adapter is not None and (adapter / "tokenizer_config.json").exists() else name
-    return ready(lm.to(device)), _tokenizer(words, lm)
+    return ready(lm.to(device)), _tokenizer(words if tokenizer is None else str(tokenizer), lm)
 
 
 def load_reward_model(
@@ -58,8 +63,14 @@ def _complete(name: str, lacking: list[str], what: str, mend: str) -> None:
         raise UsageError(f"model {name}: the checkpoint lacks weights of {what}: {', '.join(lacking[:3])}{more}.\n{mend}")
 
 
+def read_tokenizer(name: str | Path) -> Any:
+    """A tokenizer from a folder or hub name."""
+    compat.quiet()
+    return reading(str(name), lambda: compat.read_tokenizer(str(name)), what="tokenizer")
+
+
 def _tokenizer(name: str, model: PreTrainedModel) -> Any:
-    tokenizer = reading(name, lambda: compat.read_tokenizer(name))
+    tokenizer = read_tokenizer(name)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UsageError(
@@ -155,17 +166,17 @@ def located(model: str | Path) -> str:
     return text
 
 
-def reading(name: str, read: Callable[[], Any]) -> Any:
+def reading(name: str, read: Callable[[], Any], what: str = "model") -> Any:
     """What `read` returns; a failure becomes a short error that says where the model was looked for."""
     try:
         return read()
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         if Path(name).is_dir():
             raise UsageError(
-                f"model {name}: cannot be read: {_first_line(error)}\nWrite it again with save_pretrained, or name another folder."
+                f"{what} {name}: cannot be read: {_first_line(error)}\nWrite it again with save_pretrained, or name another folder."
             ) from error
         raise UsageError(
-            f"model {name}: neither a folder here nor found in the hub's local cache: {_first_line(error)}\n"
+            f"{what} {name}: neither a folder here nor found in the hub's local cache: {_first_line(error)}\n"
             "Check the name; offline, download it first on a machine with network, or give a folder."
         ) from error
 

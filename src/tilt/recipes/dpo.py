@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -16,16 +16,18 @@ from torch import Tensor
 from tilt.config import build_piece
 from tilt.data.streams import Stream
 from tilt.learning.pairs import Pair, likelihoods, packed, score_pairs, update_pairs
+from tilt.models import compat
 from tilt.models.adapters import adapter_off
 from tilt.models.policy import Policy
 from tilt.models.saving import save
 from tilt.objectives import PIECES, PREFERENCES, Pairs, Preference
 from tilt.optim.optimizers import Optimizer
-from tilt.recipes import opening
-from tilt.recipes.finishing import Result, saved
+from tilt.recipes import opening, planning
+from tilt.recipes.finishing import Result, keeping, saved
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.settings import Training
 
+Precision = Callable[[], AbstractContextManager[object]]
 IMPORTANT = ("loss", "accuracy", "margin", "eval/accuracy", "eval/margin", "grad_norm", "lr")
 
 
@@ -58,7 +60,9 @@ def run(config: Config) -> Result:
         margin=build_piece({"implicit_reward": {"beta": config.beta}}, PIECES["margin"], where="beta"),
         link=build_piece({"logistic": {"smoothing": config.label_smoothing}}, PIECES["link"], where="label_smoothing"),
     )
-    anchors, held_anchors = (_anchor(config, policy, pairs, device) if pairs else None for pairs in (train, held))
+    precision = opening.precision(config, device)
+    other = None if config.reference is None else opening.other_model(config.reference, tokenizer, device, "reference")
+    anchors, held_anchors = (_anchor(config, policy, other, pairs, precision) if pairs else None for pairs in (train, held))
     numbered = Stream(list(range(len(train))), config.seed)
     optimizer = Optimizer(policy, config.optimizer.settings(), steps)
     directory, journal = opening.directory(config, "dpo", name, steps, IMPORTANT)
@@ -76,7 +80,7 @@ def run(config: Config) -> Result:
         first: dict[str, float] = {}
         for step in range(steps + 1):
             found = (
-                measure(policy, preference, held, held_anchors, config.micro_tokens, device)
+                measure(policy, preference, held, held_anchors, config.micro_tokens, precision)
                 if held_anchors and opening.due(step, steps, config.eval_every)
                 else {}
             )
@@ -88,28 +92,31 @@ def run(config: Config) -> Result:
             began, chosen = perf_counter(), numbered.draw(step, min(config.batch, len(train)))
             pairs, index = [train[i] for i in chosen], torch.tensor(chosen)
             assert anchors is not None
-            report = update_pairs(
-                likelihoods(policy), optimizer, preference, pairs, (anchors[0][index], anchors[1][index]),
-                micro_tokens=config.micro_tokens, device=device, autocast=opening.precision(config, device),
-            )  # fmt: skip
+            with keeping(directory, step):
+                report = update_pairs(
+                    likelihoods(policy), optimizer, preference, pairs, (anchors[0][index], anchors[1][index]),
+                    micro_tokens=config.micro_tokens, device=device, autocast=precision,
+                )  # fmt: skip
             journal.step(step, report | {"tokens_per_second": len(packed(pairs).tokens) / (perf_counter() - began)} | named)
         checkpoint = saved(directory, steps, partial(save, policy.lm, tokenizer), config.save)
     return Result(directory, checkpoint, first, found)
 
 
-def _anchor(config: Config, policy: Policy, pairs: Sequence[Pair], device: torch.device) -> tuple[Tensor, Tensor]:
+def _anchor(config: Config, policy: Policy, other: Policy | None, pairs: Sequence[Pair], precision: Precision) -> tuple[Tensor, Tensor]:
     """Log-probabilities under the reference: another model, the adapter off, or the policy before its first step. They never change, so they are computed once."""
-    if config.reference is not None:
-        other = opening.policy_of(opening.language_model(config.reference, None, tuple, 0)[0], device)
-        return score_pairs(likelihoods(other), pairs, config.micro_tokens, device)
-    with adapter_off(policy.lm) if config.lora is not None else nullcontext():
-        return score_pairs(likelihoods(policy), pairs, config.micro_tokens, device)
+    with adapter_off(policy.lm) if other is None and config.lora is not None else nullcontext():
+        return score_pairs(likelihoods(other or policy), pairs, config.micro_tokens, compat.device_of(policy), precision)
 
 
 def measure(
-    policy: Policy, preference: Preference, pairs: Sequence[Pair], anchors: tuple[Tensor, Tensor], micro_tokens: int, device: torch.device
+    policy: Policy, preference: Preference, pairs: Sequence[Pair], anchors: tuple[Tensor, Tensor], micro_tokens: int, precision: Precision
 ) -> dict[str, float]:
     """Accuracy of the implicit reward, its margin and the loss on pairs that were not trained on."""
-    chosen, rejected = score_pairs(likelihoods(policy), pairs, micro_tokens, device)
+    chosen, rejected = score_pairs(likelihoods(policy), pairs, micro_tokens, compat.device_of(policy), precision)
     found = preference.metrics(Pairs.of(chosen, rejected, reference_chosen=anchors[0], reference_rejected=anchors[1]))
     return {name.rpartition("/")[2]: float(value / weight) for name, (value, weight) in found.items()}
+
+
+def plan(config: Config) -> list[str]:
+    """What a run would read, hold and take, in lines; nothing is trained or written."""
+    return planning.compared_pairs(config)

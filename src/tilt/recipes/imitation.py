@@ -10,14 +10,16 @@ from tilt.data.rollouts import Rollout
 from tilt.data.streams import Stream
 from tilt.learning.learner import Learner
 from tilt.objectives import Objective, Rewards
+from tilt.recipes.finishing import keeping
 from tilt.recipes.opening import due
+from tilt.runs.directory import RunDirectory
 from tilt.runs.journal import Journal
 
 Measures = dict[str, float]
 
 
 def imitate(
-    learner: Learner, objective: Objective, texts: Sequence[Rollout], journal: Journal, measure: Callable[[], Measures],
+    learner: Learner, objective: Objective, texts: Sequence[Rollout], directory: RunDirectory, journal: Journal, measure: Callable[[], Measures],
     *, steps: int, batch: int, seed: int, every: int = 0, stop: Callable[[Measures], bool] = lambda measures: False,
 ) -> tuple[Measures, Measures, int]:  # fmt: skip
     """Measures before and after, and the number of steps taken: `steps`, or fewer where an evaluation says `stop`."""
@@ -32,7 +34,8 @@ def imitate(
         given = pack(stream.draw(step, batch))
         rewards = Rewards.of(given.sampler.new_zeros(given.layout.sequences), actions=given.layout.actions)
         experience = objective.prepare(rewards, learner.evaluate(given, frozenset()), given.layout)
-        report = learner.update(given, experience, objective, step=step)
+        with keeping(directory, step):
+            report = learner.update(given, experience, objective, step=step)
         journal.step(step, report.metrics | {"tokens_per_second": len(given.tokens) / (perf_counter() - began)} | _named(measures))
     journal.step(step, _named(measures))
     return first, measures, step

@@ -21,9 +21,10 @@ from tilt.data.sources import load as load_rows
 from tilt.data.streams import split
 from tilt.data.tokenizers import train_bpe
 from tilt.errors import DataError, UsageError
-from tilt.models import adapters, loading
+from tilt.models import adapters, loading, saving
 from tilt.models.policy import Policy
 from tilt.recipes.settings import Data, Lora, Run, Scratch
+from tilt.rewards.model import same_tokenizer
 from tilt.runs.directory import RunDirectory, auto_name, create
 from tilt.runs.journal import Journal
 
@@ -56,7 +57,10 @@ def rows(data: Data, want: Want) -> Rows:
     if data.half != "all":
         train = split(train, [0.5, 0.5], seed=1)[data.half == "second"]
     if not train:
-        raise DataError(f"{data.source}: no row is left to train on: all are held out in {data.eval}")
+        raise DataError(
+            f"{data.source}: no row is left to train on"
+            + (f": all ask what is held out in {data.eval}\n  name other rows in data.eval" if data.eval is not None else "")
+        )
     return Rows(train, held, found.conversational, [*notes, f"           {len(train)} rows to train on, {len(held)} held out by prompt"])
 
 
@@ -95,20 +99,27 @@ def precision(run: Run, device: torch.device) -> Callable[[], AbstractContextMan
 
 def language_model(model: str | Scratch, tokenizer: str | None, corpus: Callable[[], Iterable[str]], seed: int) -> tuple[Any, Any, str]:
     """A causal LM, its tokenizer and its short name: from a folder or hub name, or built and its tokenizer trained on the corpus."""
-    if isinstance(model, Scratch):
-        words = (
-            loading.compat.read_tokenizer(str(model.tokenizer))
-            if isinstance(model.tokenizer, Path)
-            else train_bpe(corpus(), model.vocabulary)
+    if not isinstance(model, Scratch):
+        lm, words = loading.load(model, tokenizer=tokenizer)
+        return lm, words, Path(model).name if Path(model).is_dir() else model
+    given = tokenizer or (str(model.tokenizer) if isinstance(model.tokenizer, Path) else None)
+    words = train_bpe(corpus(), model.vocabulary) if given is None else loading.read_tokenizer(given)
+    lm = loading.tiny(
+        model.kind, vocabulary=len(words), width=model.width, layers=model.layers, heads=model.heads, context=model.context, seed=seed
+    )
+    loading.separate_padding(words, len(words))
+    saving.check_tokenizer(lm, words)
+    return lm, words, f"{model.kind}-{sum(p.numel() for p in lm.parameters()) / 1e6:.1f}M"
+
+
+def other_model(path: str, tokenizer: Any, device: torch.device, role: str) -> Policy:
+    """A frozen policy from a checkpoint that reads the same tokens; one of other tokens is refused."""
+    lm, words = loading.load(path)
+    if not same_tokenizer(words, tokenizer):
+        raise UsageError(
+            f"{role} {path}: its tokenizer differs from the policy's, so it cannot score the policy's tokens\n  name a checkpoint of the same family"
         )
-        lm = loading.tiny(
-            model.kind, vocabulary=len(words), width=model.width, layers=model.layers, heads=model.heads, context=model.context, seed=seed
-        )
-        return lm, words, f"{model.kind}-{sum(p.numel() for p in lm.parameters()) / 1e6:.1f}M"
-    lm, words = loading.load(model)
-    if tokenizer is not None:
-        words = loading.compat.read_tokenizer(tokenizer)
-    return lm, words, Path(model).name if Path(model).is_dir() else model
+    return policy_of(lm, device).requires_grad_(False)
 
 
 def adapted(lm: Any, lora: Lora | None) -> Any:
@@ -126,11 +137,34 @@ def renderer(tokenizer: Any, data: Data, lm: Any, found: Rows) -> Renderer:
     )  # fmt: skip
 
 
-def directory(run: Run, recipe: str, model: str, total: int, important: tuple[str, ...]) -> tuple[RunDirectory, Journal]:
-    """The run's directory and journal; an existing directory is refused."""
-    name = run.name or auto_name(recipe, model)
-    place = create(run.root, name, config_yaml=f"recipe: {recipe}\n" + dump(run), command=sys.argv)
+def directory(
+    run: Run, recipe: str, model: str, total: int, important: tuple[str, ...], *, label: str = ""
+) -> tuple[RunDirectory, Journal]:
+    """The run's directory and journal; an existing directory is refused. A name that is made up starts with `label`, else with the recipe."""
+    name = run.name or auto_name(label or recipe, model)
+    plain, held = recorded(run)
+    remark = f"# {', '.join(held)}: a Python object in hand; this file alone cannot rerun the run\n" if held else ""
+    place = create(run.root, name, config_yaml=f"{remark}recipe: {recipe}\n" + dump(plain), command=sys.argv)
     return place, Journal(place, total=total, important=important, log_every=run.log_every, quiet=run.quiet)
+
+
+def recorded(run: Run) -> tuple[Run, list[str]]:
+    """The configuration with names in place of the Python objects among its rewards (`module:name`), and the keys that held some."""
+    held: list[str] = []
+
+    def plain(value: Any, key: str) -> Any:
+        if isinstance(value, Mapping):
+            return {k: plain(v, f"{key}.{k}") for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v, f"{key}.{i}") for i, v in enumerate(value)]
+        if value is None or isinstance(value, bool | int | float | str | Path):
+            return value
+        held.append(key)
+        kind = value if hasattr(value, "__qualname__") else type(value)
+        return f"{kind.__module__}:{kind.__qualname__}"
+
+    changed = {key: plain(getattr(run, key), key) for key in ("reward", "measure") if hasattr(run, key)}
+    return run.model_copy(update=changed), held
 
 
 def headline(model: str, module: nn.Module, device: torch.device, run: Run) -> str:

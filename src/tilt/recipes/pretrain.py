@@ -10,12 +10,13 @@ from pydantic import Field
 
 from tilt.data.rendering import Renderer
 from tilt.data.rollouts import Prompt, Rollout
+from tilt.errors import DataError
 from tilt.learning.evaluation import likelihood
 from tilt.learning.learner import Learner, Passes
 from tilt.models.saving import save
 from tilt.objectives import ALGORITHMS
 from tilt.optim.optimizers import Optimizer
-from tilt.recipes import opening
+from tilt.recipes import opening, planning
 from tilt.recipes.finishing import Result, saved
 from tilt.recipes.imitation import imitate
 from tilt.recipes.settings import Optimizer as OptimizerSettings
@@ -47,6 +48,8 @@ def run(config: Config) -> Result:
     policy = opening.policy_of(opening.adapted(lm, config.lora), device)
     render = opening.renderer(tokenizer, config.data, lm, rows)
     train, held = (pieces(render, part, config.read_as, config.length) for part in (rows.train, rows.held_out))
+    if not train:
+        raise DataError(f"{config.data.source}: no text has two tokens, so there is nothing to predict")
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch))
     learner = Learner(
         policy,
@@ -61,14 +64,16 @@ def run(config: Config) -> Result:
                 f"run        {directory.path}",
                 opening.headline(name, policy, device, config),
                 *rows.notes,
-                f"steps      {steps} of {config.batch} pieces of at most {config.length} tokens",
+                f"           {len(train)} pieces to train on, {len(held)} held out",
+                f"steps      {steps} of {min(config.batch, len(train))} pieces of at most {config.length} tokens",
             ]
         )
-        measure = partial(likelihood, policy, held, config.micro_tokens) if held else dict
+        measure = partial(likelihood, policy, held, config.micro_tokens, autocast=learner.autocast) if held else dict
         before, after, step = imitate(
             learner,
             ALGORITHMS["sft"],
             train,
+            directory,
             journal,
             measure,
             steps=steps,
@@ -97,3 +102,8 @@ def _documents(render: Renderer, rows: Sequence[dict[str, Any]], read_as: str) -
     elif rows:
         answers = (a for pair in render.pairs(rows) for a in pair) if read_as == "preference" else render.demonstrations(rows)
         yield from (a.prompt.tokens + a.tokens for a in answers)
+
+
+def plan(config: Config) -> list[str]:
+    """What a run would read, hold and take, in lines; nothing is trained or written."""
+    return planning.texts(config, pieces)

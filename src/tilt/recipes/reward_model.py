@@ -19,8 +19,8 @@ from tilt.models.policy import RewardModel
 from tilt.models.saving import save
 from tilt.objectives import PIECES, PREFERENCES
 from tilt.optim.optimizers import Optimizer
-from tilt.recipes import opening
-from tilt.recipes.finishing import Result, saved
+from tilt.recipes import opening, planning
+from tilt.recipes.finishing import Result, keeping, saved
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.settings import Training
 
@@ -64,7 +64,7 @@ def run(config: Config) -> Result:
     score = end_and_span_scores(model) if config.span else end_scores(model)
     views = (1 - config.span, config.span) if config.span else (1.0,)
     optimizer, stream = Optimizer(model, config.optimizer.settings(), steps), Stream(train, config.seed)
-    directory, journal = opening.directory(config, "rm", name, steps, IMPORTANT)
+    directory, journal = opening.directory(config, "reward_model", name, steps, IMPORTANT, label="rm")
     with journal:
         journal.header(
             [
@@ -84,17 +84,11 @@ def run(config: Config) -> Result:
                 journal.step(step, named)
                 break
             began, pairs = perf_counter(), stream.draw(step, min(config.batch, len(train)))
-            report = update_pairs(
-                score,
-                optimizer,
-                preference,
-                pairs,
-                None,
-                views=views,
-                micro_tokens=config.micro_tokens,
-                device=device,
-                autocast=opening.precision(config, device),
-            )
+            with keeping(directory, step):
+                report = update_pairs(
+                    score, optimizer, preference, pairs, None, views=views, micro_tokens=config.micro_tokens, device=device,
+                    autocast=opening.precision(config, device),
+                )  # fmt: skip
             journal.step(step, report | {"tokens_per_second": len(packed(pairs).tokens) / (perf_counter() - began)} | named)
         if config.normalise:
             journal.note(normalise(model, train, config.micro_tokens, device))
@@ -125,3 +119,8 @@ def normalise(model: RewardModel, pairs: Sequence[Pair], micro_tokens: int, devi
     return (
         f"scores     divided by their deviation {deviation:.3f} on the training answers; mean {float(scores.mean()) / deviation:.2f} of it"
     )
+
+
+def plan(config: Config) -> list[str]:
+    """What a run would read, hold and take, in lines; nothing is trained or written."""
+    return planning.scored_pairs(config)

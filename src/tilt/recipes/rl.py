@@ -5,39 +5,38 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from time import perf_counter
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 
-from tilt.data.packing import Pack, pack
+from tilt.data.packing import pack
 from tilt.data.rollouts import Prompt, Rollout
 from tilt.data.streams import Stream
 from tilt.errors import NumericError, UsageError
 from tilt.learning.evaluation import Assessment
-from tilt.learning.learner import Learner, NonFinite, Passes, Report
-from tilt.learning.meter import Meter
+from tilt.learning.learner import Learner, Passes
 from tilt.models.adapters import adapter_off
 from tilt.models.policy import Critic, Policy
-from tilt.models.saving import fingerprint, save
-from tilt.objectives import Experience, Objective, Rewards, Signals, card
-from tilt.objectives.metrics import batch_metrics
+from tilt.models.saving import fingerprint
+from tilt.objectives import Objective, Signals, card
 from tilt.optim.optimizers import Optimizer
-from tilt.recipes import opening
-from tilt.recipes.finishing import Result, saved
+from tilt.recipes import opening, planning
+from tilt.recipes.finishing import Result, keeping, saved, write_policy
+from tilt.recipes.reporting import Clock, keep_rollouts, measures
 from tilt.recipes.scoring import Scoring, scoring
 from tilt.recipes.settings import Count, Evaluation, Sampling, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.trying import Trial, sampling_of
-from tilt.recipes.variants import resolve
-from tilt.rewards.text import Text
-from tilt.runs import checkpoints, rollout_store
+from tilt.recipes.variants import origin, resolve
+from tilt.runs import checkpoints
 from tilt.runs.directory import RunDirectory
-from tilt.runs.journal import Journal, Sample
+from tilt.runs.files import atomic_write
+from tilt.runs.journal import Journal
 from tilt.sampling.sampler import Sampler
 
 IMPORTANT = (
@@ -80,6 +79,12 @@ class Config(Training):
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4)
     eval: Evaluation = Evaluation()
     max_kl: Annotated[float | None, Field(gt=0.0, description="stop before the sequence KL to the reference passes this, nats")] = None
+    max_mismatch: Annotated[
+        float,
+        Field(
+            gt=0.0, description="stop when learner and sampler differ by more than this in mean probability, before a batch's first update"
+        ),
+    ] = 0.05
     save_every: Annotated[int, Field(ge=0, description="steps between checkpoints; 0 = the last only")] = 0
     rollouts_every: Annotated[int, Field(ge=0, description="steps between stored rollouts; 0 = none")] = 10
 
@@ -93,6 +98,12 @@ class Config(Training):
             )
         if self.minibatches > self.prompts * self.samples:
             problems.append(f"minibatches {self.minibatches} is more than the {self.prompts * self.samples} answers of a step")
+        if row.value.needs and self.critic == "shared" and (self.critic_warmup or self.critic_lr is not None):
+            problems.append(
+                "critic shared has no weights of its own for critic_lr and critic_warmup; leave them out, or set critic to policy"
+            )
+        if self.critic_warmup >= self.steps:
+            problems.append(f"critic_warmup {self.critic_warmup} leaves no step of {self.steps} for the policy; set it below steps")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -109,42 +120,56 @@ class Parts:
     objective: Objective
     trial: Trial
     tokenizer: Any
+    write: Callable[[Path], None]
 
 
 def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journal) -> tuple[Assessment, Assessment, int]:
     """The walk: prompts → rollouts → rewards → signals → experience → update → published weights → record."""
-    sampler, learner, objective = parts.sampler, parts.learner, parts.objective
-    temperature = config.sampling.temperature
+    sampler, learner, objective, scorer = parts.sampler, parts.learner, parts.objective, parts.scoring
+    temperature, skipped, said = config.sampling.temperature, 0, set[str]()
+    warmup = config.critic_warmup if objective.value.needs else 0
     first = last = parts.trial()
+    seen = first.metrics
     for step in range(config.steps):
+        if step > 0 and opening.due(step, config.steps, config.eval.every):
+            last = parts.trial()
+            seen = last.metrics
         clock = Clock()
         prompts = parts.source.draw(step, config.prompts)
         with clock("generate"):
             rollouts = sampler.sample(prompts, config.samples, step=step)
-        texts = parts.scoring.read(rollouts)
         with clock("reward"):
-            rewards = parts.scoring.score(rollouts, texts)
+            texts = scorer.read(rollouts)
+            rewards = scorer.score(rollouts, texts)
         batch = pack(rollouts)
         with clock("evaluate"):
             signals = ended(learner.evaluate(batch, wanted(objective, config, learner.settings), temperature=temperature))
         experience = objective.prepare(rewards, signals, batch.layout)
-        with clock("update"):
-            report = _update(learner, batch, experience, objective, directory, temperature, step, only_critic=step < config.critic_warmup)
+        watch = config.rollouts_every > 0 and (step % config.rollouts_every == 0 or step + 1 == config.steps)
+        with clock("update"), keeping(directory, step):
+            report = learner.update(
+                batch, experience, objective, temperature=temperature, step=step, only_critic=step < warmup, watch=watch
+            )
         with clock("publish"):
             sampler.load(learner.policy)
-        metrics = measures(objective, rewards, signals, batch, rollouts, report) | clock.read(len(batch.tokens))
-        if opening.due(step + 1, config.steps, config.eval.every) and step + 1 < config.steps:
-            last = parts.trial()
-            metrics |= {f"eval/{name}": value for name, value in last.metrics.items()}
-        journal.step(step, metrics)
-        record(config, directory, journal, parts, step, rollouts, texts, rewards, experience, report)
+        skipped += report.skipped
+        metrics = measures(objective, rewards, signals, batch, rollouts, report) | scorer.metrics() | clock.read(batch.layout.actions)
+        counts = {"episode": (step + 1) * len(rollouts), "eps": len(rollouts) / metrics["time/step"], "skipped/total": skipped}
+        journal.step(step, metrics | counts | {f"eval/{name}": value for name, value in seen.items()})
+        seen = {}
+        for message in set(scorer.score.report.messages.values()) - said:
+            said.add(message)
+            journal.note(f"reward     {message}")
+        if watch:
+            keep_rollouts(directory, journal, step, rollouts, texts, rewards, experience, objective, report, parts.tokenizer)
         if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
-            checkpoints.save(directory.checkpoints, step + 1, partial(save, learner.policy.lm, parts.tokenizer))
+            checkpoints.save(directory.checkpoints, step + 1, parts.write)
         if config.max_kl is not None and metrics.get("kl", 0.0) > config.max_kl:
             journal.note(f"stopped at step {step}: the sequence KL {metrics['kl']:.2f} is above max_kl {config.max_kl}")
             break
     last = parts.trial()
     journal.step(step + 1, {f"eval/{name}": value for name, value in last.metrics.items()})
+    journal.note(f"skipped    {skipped} of {step + 1} batches: nothing in them could move the weights (every group earned the same)")
     return first, last, step + 1
 
 
@@ -160,9 +185,14 @@ def ended(signals: Signals) -> Signals:
 
 
 def divergence(learner: Learner, temperature: float) -> Callable[[Sequence[Rollout]], float]:
-    """Mean over answers of the log-ratio of policy to reference, summed over actions: an estimate of the sequence KL, nats."""
+    """Mean over answers of the log-ratio of policy to reference, summed over actions: an estimate of the sequence KL, nats.
+
+    Both are taken at the temperature at which the answers were sampled; answers to a truncated distribution give none (NaN).
+    """
 
     def measure(rollouts: Sequence[Rollout]) -> float:
+        if any(r.sampling.truncated for r in rollouts):
+            return math.nan
         batch = pack(rollouts)
         signals = learner.evaluate(batch, frozenset({"old", "reference"}), temperature=temperature)
         return float((signals.old - signals.reference).sum() / batch.layout.sequences)
@@ -170,166 +200,64 @@ def divergence(learner: Learner, temperature: float) -> Callable[[Sequence[Rollo
     return measure
 
 
-def measures(
-    objective: Objective, rewards: Rewards, signals: Signals, batch: Pack, rollouts: Sequence[Rollout], report: Report
-) -> dict[str, float]:
-    """The step's metrics, on actions, in the field's names."""
-    old = torch.where(signals.old.isnan(), report.channels.get("new", signals.old), signals.old)
-    meter = Meter()
-    meter.add(batch_metrics(rewards, replace(signals, old=old), batch.layout, kl=getattr(objective.credit, "kl", 0.0)))
-    gap = ((old.exp() - batch.sampler.exp()).abs())[~old.isnan()]
-    found = meter.read() | report.metrics
-    extra = {
-        "reward": found.get("objective/scores", float("nan")),
-        "length/truncated": sum(r.stop == "length" for r in rollouts) / len(rollouts),
-        "val/num_eos_tokens": float(sum(r.stop == "stop" for r in rollouts)),
-        "sampler/logprob_gap_mean": float(gap.mean()) if len(gap) else float("nan"),
-        "sampler/logprob_gap_max": float(gap.max()) if len(gap) else float("nan"),
-    }
-    if "objective/kl" in found:
-        extra["kl"] = found["objective/kl"]
-    if "policy/entropy_avg" in found:
-        extra["entropy"] = found["policy/entropy_avg"]
-    return {k: v for k, v in (found | extra).items() if not math.isnan(v) or k == "reward"}
-
-
-def record(
-    config: Config, directory: RunDirectory, journal: Journal, parts: Parts, step: int, rollouts: Sequence[Rollout], texts: Sequence[Text],
-    rewards: Rewards, experience: Experience, report: Report,
-) -> None:  # fmt: skip
-    """Keep the step's rollouts with their token channels, and show a few."""
-    if not config.rollouts_every or (step % config.rollouts_every and step + 1 != config.steps):
-        return
-    layout, signals = experience.layout, experience.signals
-    each = experience.advantages[layout.starts]
-    new = report.channels.get("new", signals.old)
-    old = torch.where(signals.old.isnan(), new, signals.old)
-    channels = {
-        "sampler_logprobs": signals.sampler, "old_logprobs": old, "reference_logprobs": signals.reference, "new_logprobs": new,
-        "delta_ref": new - signals.reference, "kl": (signals.reference - new).exp() - (signals.reference - new) - 1,
-        "adv_t": experience.advantages, "value": signals.values, "return": experience.returns,
-        **{name: report.channels[name] for name in ("ratio", "entropy", "push") if name in report.channels},
-    }  # fmt: skip
-    channels = {name: value for name, value in channels.items() if not value.isnan().all()}
-    rollout_store.write(
-        directory.rollouts, step,
-        rollout_store.RolloutTable(rollouts, texts, rewards, parts.tokenizer, {"advantage": each, **_groups(rewards, layout.prompt)}, channels, run=directory.name),
-    )  # fmt: skip
-    rows = [
-        Sample(
-            texts[i].prompt,
-            texts[i].completion,
-            {k: float(v[i]) for k, v in rewards.parts.items()} or {"reward": float(rewards.total[i])},
-            float(each[i]),
-        )
-        for i in range(0, len(rollouts), max(1, len(rollouts) // 4))
-    ]
-    journal.samples(step, rows[:4])
-
-
-def _groups(rewards: Rewards, prompt: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Mean and standard deviation of the rewards of each sequence's group."""
-    total = torch.where(rewards.scored, rewards.total, torch.nan)
-    means, spreads = torch.full_like(total, torch.nan), torch.full_like(total, torch.nan)
-    for group in prompt.unique():
-        member = prompt == group
-        found = total[member & rewards.scored]
-        if len(found):
-            means[member], spreads[member] = found.mean(), found.std(correction=0)
-    return {"group_mean": means, "group_std": spreads}
-
-
-class Clock:
-    """Seconds of each phase of a step."""
-
-    def __init__(self) -> None:
-        self.began, self.seconds = perf_counter(), {}  # type: tuple[float, dict[str, float]]
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = perf_counter()
-        yield
-        self.seconds[f"time/{phase}"] = perf_counter() - start
-
-    def read(self, tokens: int) -> dict[str, float]:
-        step = perf_counter() - self.began
-        return self.seconds | {"time/step": step, "tokens_per_second": tokens / step}
-
-
-def _update(
-    learner: Learner,
-    batch: Pack,
-    experience: Experience,
-    objective: Objective,
-    directory: RunDirectory,
-    temperature: float,
-    step: int,
-    *,
-    only_critic: bool,
-) -> Report:
-    """The update; what is not finite stops the run, with the offending micro-batch kept on disk."""
-    try:
-        return learner.update(batch, experience, objective, temperature=temperature, step=step, only_critic=only_critic)
-    except NonFinite as error:
-        kept = directory.path / f"bad_batch_step_{step:06d}.pt"
-        torch.save({"batch": vars(error.batch), "experience": vars(experience), "step": step, "term": error.term}, kept)
-        raise NumericError(
-            f"step {step}: {error.term} is not finite; the update was not applied.\n"
-            f"  kept: {kept} (torch.load) holds the micro-batch and the experience\n"
-            "  mend: lower the learning rate, clip the gradient (optimizer.clip_norm), and look at the rewards of this step"
-        ) from None
-
-
 def run(config: Config) -> Result:
     """Open everything, walk, save, and check that the frozen models never changed."""
+    with ExitStack() as ending:
+        return _run(config, ending)
+
+
+def _run(config: Config, ending: ExitStack) -> Result:
     device = opening.settle(config)
     name, objective = resolve(config.algorithm, config.objective)
     rows = opening.rows(config.data, "prompt")
     lm, tokenizer, model = opening.language_model(config.model, config.tokenizer, lambda: opening.texts(rows.train), config.seed)
-    lm = opening.adapted(lm, config.lora)
-    policy = opening.policy_of(lm, device, value_head=bool(objective.value.needs) and config.critic == "shared")
+    policy = opening.policy_of(
+        opening.adapted(lm, config.lora), device, value_head=bool(objective.value.needs) and config.critic == "shared"
+    )
     render = opening.renderer(tokenizer, config.data, lm, rows)
     prompts, held = render.prompts(rows.train), render.prompts(rows.held_out) if rows.held_out else []
-    judged = scoring(config.reward, tokenizer, device, missing_stop_penalty=config.missing_stop_penalty)
-    reference, anchor = _reference(config, policy, device)
-    critic = _critic(config, policy, objective, judged, device)
-    sampling = sampling_of(config.sampling, render)
-    total = config.steps * config.passes * config.minibatches
-    settings = config.optimizer.settings()
-    learner = Learner(
-        policy, Optimizer(policy, settings, total), reference=reference, critic=critic,
-        critic_optimizer=None if critic is None else Optimizer(critic, replace(settings, lr=config.critic_lr or settings.lr), total),
-        settings=Passes(config.passes, config.minibatches, config.micro_tokens), seed=config.seed, autocast=opening.precision(config, device),
-    )  # fmt: skip
-    trial = Trial.of(policy, tokenizer, held or prompts, judged, sampling, config.eval, seed=config.seed, slots=config.sampling.slots)
-    trial = replace(
-        trial,
-        also=None if config.measure is None else scoring(config.measure, tokenizer, device),
-        divergence=divergence(learner, sampling.temperature),
-    )
-    parts = Parts(
-        Stream(prompts, config.seed), Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots), judged, learner, objective,
-        trial, tokenizer,
-    )  # fmt: skip
     if config.prompts > len(prompts):
         raise UsageError(f"prompts {config.prompts}: the data have only {len(prompts)} training prompts; set prompts to at most that")
-    frozen: dict[str, torch.nn.Module] = {f"reward model {i}": m for i, (m, _) in enumerate(judged.models)} | (
-        {} if anchor is None else {"reference": anchor}
-    )
-    marks = {role: fingerprint(m) for role, m in frozen.items()}
-    directory, journal = opening.directory(config, name if ":" not in name else "rl", model, config.steps, IMPORTANT)
+    judged = scoring(config.reward, tokenizer, device, missing_stop_penalty=config.missing_stop_penalty)
+    ending.callback(judged.close)
+    also = None if config.measure is None else scoring(config.measure, tokenizer, device)
+    if also is not None:
+        ending.callback(also.close)
+    reference, frozen = _reference(config, policy, tokenizer, device)
+    critic = _critic(config, policy, objective, judged, device)
+    sampling = sampling_of(config.sampling, render)
+    settings, each = config.optimizer.settings(), config.passes * config.minibatches
+    learner = Learner(
+        policy, Optimizer(policy, settings, (config.steps - (config.critic_warmup if objective.value.needs else 0)) * each), reference=reference, critic=critic,
+        critic_optimizer=None if critic is None else Optimizer(critic, replace(settings, lr=config.critic_lr or settings.lr), config.steps * each),
+        settings=Passes(config.passes, config.minibatches, config.micro_tokens, config.max_mismatch), seed=config.seed,
+        autocast=opening.precision(config, device),
+    )  # fmt: skip
+    trial = Trial.of(policy, tokenizer, held or prompts, judged, sampling, config.eval, seed=config.seed, slots=config.sampling.slots)
+    trial = replace(trial, also=also, divergence=divergence(learner, config.eval.temperature))
+    write = partial(write_policy, policy, tokenizer, critic)
+    parts = Parts(
+        Stream(prompts, config.seed), Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots), judged, learner, objective,
+        trial, tokenizer, write,
+    )  # fmt: skip
+    frozen |= {f"reward model {i}": m for i, (m, _) in enumerate(judged.models)}
+    frozen |= {f"measuring model {i}": m for i, (m, _) in enumerate(also.models if also else ())}
+    marks = {role: fingerprint(module) for role, module in frozen.items()}
+    directory, journal = opening.directory(config, "rl", model, config.steps, IMPORTANT, label=Path(name.rpartition(":")[0] or name).stem)
     with journal:
         journal.header([
             f"run        {directory.path}", opening.headline(model, policy, device, config), *rows.notes, f"           {render.summary()}",
+            *([] if held else ["           nothing is held out: evaluations ask training prompts"]),
             f"algorithm  {name}: {objective!r}",
-            f"steps      {config.steps} of {config.prompts} prompts × {config.samples} answers; {config.passes * config.minibatches} optimizer steps each",
-            *( [f"note       {policy.note}"] if policy.note else [] ), *(f"note       {n}" for n in objective.notes()),
+            f"steps      {config.steps} of {config.prompts} prompts × {config.samples} answers; {each} optimizer steps each",
+            *(f"note       {note}" for note in notes(config, policy, objective)),
         ])  # fmt: skip
-        (directory.path / "objective.txt").write_text(
-            card(objective, name=name, samples=config.samples, passes=config.passes) + "\n", encoding="utf-8"
+        described = "\n".join(
+            [*origin(config.algorithm).lines(objective), "", card(objective, name=name, samples=config.samples, passes=config.passes)]
         )
+        atomic_write(directory.path / "objective.txt", described + "\n")
         before, after, step = train(config, parts, directory, journal)
-        checkpoint = saved(directory, step, partial(save, policy.lm, tokenizer), config.save)
+        checkpoint = saved(directory, step, write, config.save)
         for role, mark in marks.items():
             if fingerprint(frozen[role]) != mark:
                 raise NumericError(f"the {role} changed during training: this is a defect of Tilt, and the run cannot be trusted")
@@ -338,28 +266,36 @@ def run(config: Config) -> Result:
     return Result(directory, checkpoint, before.metrics, after.metrics, answers)
 
 
-def _reference(config: Config, policy: Policy, device: torch.device) -> tuple[Callable[[], AbstractContextManager[Policy]], Policy | None]:
-    """The KL anchor: another checkpoint, the adapter switched off, or a frozen copy of the policy as it starts."""
+def notes(config: Config, policy: Policy, objective: Objective) -> list[str]:
+    """What a reader of the run should know although it may run, settings of a critic that the row does not have among them."""
+    idle = [key for key in ("critic", "critic_lr", "critic_warmup") if getattr(config, key) != type(config).model_fields[key].default]
+    unused = [f"{', '.join(idle)}: without effect, this row has no critic"] if idle and not objective.value.needs else []
+    return [*([policy.note] if policy.note else []), *objective.notes(), *unused]
+
+
+def _reference(
+    config: Config, policy: Policy, tokenizer: Any, device: torch.device
+) -> tuple[Callable[[], AbstractContextManager[Policy]], dict[str, torch.nn.Module]]:
+    """The KL anchor: another checkpoint, the adapter switched off, or a frozen copy of the policy as it starts; and what must never change."""
     if config.lora is not None and config.reference is None:
+        base = torch.nn.ParameterList(p for name, p in policy.lm.named_parameters() if "lora_" not in name)
 
         @contextmanager
-        def base() -> Iterator[Policy]:
+        def adapterless() -> Iterator[Policy]:
             with adapter_off(policy.lm):
                 yield policy
 
-        return base, None
-    anchor = (
-        Policy(copy.deepcopy(policy.lm))
-        if config.reference is None
-        else opening.policy_of(opening.language_model(config.reference, None, tuple, 0)[0], device)
-    )
-    anchor.requires_grad_(False)
+        return adapterless, {"base under the adapter": base}
+    if config.reference is None:
+        anchor = Policy(copy.deepcopy(policy.lm)).requires_grad_(False)
+    else:
+        anchor = opening.other_model(config.reference, tokenizer, device, "reference")
 
     @contextmanager
-    def frozen() -> Iterator[Policy]:
+    def separate() -> Iterator[Policy]:
         yield anchor
 
-    return frozen, anchor
+    return separate, {"reference": anchor}
 
 
 def _critic(config: Config, policy: Policy, objective: Objective, judged: Scoring, device: torch.device) -> Critic | None:
@@ -373,3 +309,8 @@ def _critic(config: Config, policy: Policy, objective: Objective, judged: Scorin
         )
     made = Critic.from_policy(policy) if source is None or config.critic == "policy" else Critic.from_reward_model(source)
     return made.to(device).requires_grad_(True)
+
+
+def plan(config: Config) -> list[str]:
+    """What a run would read, hold and take, in lines; nothing is trained or written."""
+    return planning.reinforcement(config)

@@ -13,9 +13,8 @@ from tilt.data.rollouts import Rollout
 from tilt.models.loading import load_reward_model
 from tilt.models.policy import RewardModel
 from tilt.objectives import Rewards
-from tilt.rewards.functions import RewardFunction
 from tilt.rewards.model import ModelReward, Rerendered, own_tokens, same_tokenizer
-from tilt.rewards.score import Called, Part, Scorer, build
+from tilt.rewards.score import Scorer, build
 from tilt.rewards.spec import Model, RewardSpec
 from tilt.rewards.text import Text, read
 
@@ -38,6 +37,14 @@ class Scoring:
     def __call__(self, rollouts: Sequence[Rollout]) -> Rewards:
         return self.score(rollouts, self.read(rollouts))
 
+    def metrics(self) -> dict[str, float]:
+        """Seconds and failures of each part on the latest batch."""
+        return {name: float(value / weight) for name, (value, weight) in self.score.report.metrics().items()}
+
+    def close(self) -> None:
+        """End the workers of isolated functions."""
+        self.score.close()
+
 
 def reader(tokenizer: Any) -> Read:
     """Rollouts to text; special tokens, the stop token among them, are not part of it."""
@@ -49,7 +56,7 @@ def reader(tokenizer: Any) -> Read:
 
 
 def scoring(reward: Any, tokenizer: Any, device: torch.device, *, missing_stop_penalty: float = 0.0) -> Scoring:
-    """The scorer that `reward:` asks for. A Python function stands for itself, or in a list beside other entries."""
+    """The scorer that `reward:` asks for: names, rules, Python functions, reward models, or a list of them."""
     found: list[tuple[RewardModel, bool]] = []
 
     def load(spec: RewardSpec) -> ModelReward:
@@ -60,9 +67,5 @@ def scoring(reward: Any, tokenizer: Any, device: torch.device, *, missing_stop_p
         how = own_tokens if shared else Rerendered(renderer(words, "auto"))
         return ModelReward(spec.name, model, how, spec.source.budget)
 
-    entries = list(reward) if isinstance(reward, list | tuple) else [reward]
-    functions = [entry for entry in entries if callable(entry)]
-    others = [entry for entry in entries if not callable(entry)]
-    score = build(others, load_model=load, missing_eos_penalty=missing_stop_penalty) if others else Scorer([], missing_stop_penalty)
-    score.parts = [*score.parts, *(Part(f.__name__, 1.0, Called(RewardFunction(f.__name__, f))) for f in functions)]
+    score = build(reward, load_model=load, missing_eos_penalty=missing_stop_penalty)
     return Scoring(score, reader(tokenizer), tuple(found))

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tilt.learning.evaluation import likelihood
 from tilt.learning.learner import Learner, Passes
 from tilt.models.saving import save
 from tilt.objectives import ALGORITHMS, SequenceAverage
 from tilt.optim.optimizers import Optimizer
-from tilt.recipes import opening
+from tilt.recipes import opening, planning
 from tilt.recipes.finishing import Result, saved
 from tilt.recipes.imitation import imitate
-from tilt.recipes.scoring import scoring
+from tilt.recipes.scoring import Scoring, scoring
 from tilt.recipes.settings import Evaluation, Sampling, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.trying import Trial, sampling_of
@@ -40,6 +41,12 @@ class Config(Training):
     eval: Evaluation = Evaluation()
     stop_at: Annotated[float | None, Field(description="stop at the first evaluation whose mean reward reaches this")] = None
 
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.stop_at is not None and (self.reward is None or self.eval.every == 0):
+            raise ValueError("stop_at needs a reward to compare with, and eval.every above 0 to look at it while training")
+        return self
+
 
 def run(config: Config) -> Result:
     """Train, evaluate before, during and after, and save."""
@@ -57,35 +64,48 @@ def run(config: Config) -> Result:
         settings=Passes(micro_tokens=config.micro_tokens),
         autocast=opening.precision(config, device),
     )
-    measure = _measure(config, policy, tokenizer, render, rows.held_out)
-    directory, journal = opening.directory(config, "sft", name, steps, IMPORTANT)
-    with journal:
+    judged = None if config.reward is None or not rows.held_out else scoring(config.reward, tokenizer, device)
+    with ExitStack() as ending:
+        if judged is not None:
+            ending.callback(judged.close)
+        measure = _measure(config, learner, tokenizer, render, rows.held_out, judged)
+        directory, journal = opening.directory(config, "sft", name, steps, IMPORTANT)
+        ending.enter_context(journal)
         journal.header(
             [
                 f"run        {directory.path}",
                 opening.headline(name, policy, device, config),
                 *rows.notes,
                 f"           {render.summary()}",
-                f"steps      {steps} of {config.batch} rows",
+                f"steps      {steps} of {min(config.batch, len(train))} rows",
             ]
         )
         before, after, step = imitate(
-            learner, row, train, journal, measure, steps=steps, batch=min(config.batch, len(train)), seed=config.seed, every=config.eval.every,
+            learner, row, train, directory, journal, measure, steps=steps, batch=min(config.batch, len(train)), seed=config.seed, every=config.eval.every,
             stop=lambda found: config.stop_at is not None and found.get("reward", float("-inf")) >= config.stop_at,
         )  # fmt: skip
         checkpoint = saved(directory, step, partial(save, policy.lm, tokenizer), config.save)
     return Result(directory, checkpoint, before, after)
 
 
-def _measure(config: Config, policy: Any, tokenizer: Any, render: Any, held_out: list[dict[str, Any]]) -> Callable[[], dict[str, float]]:
+def _measure(
+    config: Config, learner: Learner, tokenizer: Any, render: Any, held_out: list[dict[str, Any]], judged: Scoring | None
+) -> Callable[[], dict[str, float]]:
     """Likelihood of the held-out answers, and what sampled answers to the same prompts earn where a reward is given."""
     if not held_out:
         return dict
     given = render.demonstrations(held_out)
-    if config.reward is None:
-        return lambda: likelihood(policy, given, config.micro_tokens)
+    stops = render.stop_ids if config.data.train_on == "completion" else ()
+    likely = partial(likelihood, learner.policy, given, config.micro_tokens, stops, learner.autocast)
+    if judged is None:
+        return likely
     trial = Trial.of(
-        policy, tokenizer, render.prompts(held_out), scoring(config.reward, tokenizer, next(policy.parameters()).device),
-        sampling_of(config.sampling, render), config.eval, seed=config.seed, slots=config.sampling.slots,
+        learner.policy, tokenizer, render.prompts(held_out), judged, sampling_of(config.sampling, render), config.eval,
+        seed=config.seed, slots=config.sampling.slots,
     )  # fmt: skip
-    return lambda: likelihood(policy, given, config.micro_tokens) | trial().metrics
+    return lambda: likely() | trial().metrics
+
+
+def plan(config: Config) -> list[str]:
+    """What a run would read, hold and take, in lines; nothing is trained or written."""
+    return planning.demonstrations(config)

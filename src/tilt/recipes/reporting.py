@@ -1,0 +1,119 @@
+"""What a step of reinforcement learning says of itself: its metrics, its stored rollouts with token channels, its clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilt.data.packing import Pack
+from tilt.data.rollouts import Rollout
+from tilt.learning.learner import Report
+from tilt.learning.meter import Meter
+from tilt.objectives import Experience, Objective, Rewards, Signals
+from tilt.objectives.credit import settled, shaped
+from tilt.objectives.metrics import batch_metrics
+from tilt.rewards.text import Text
+from tilt.runs import rollout_store
+from tilt.runs.directory import RunDirectory
+from tilt.runs.journal import Journal, Sample
+from tilt.segments import group_count, group_mean, group_std
+
+
+def complete(signals: Signals, report: Report) -> Signals:
+    """Signals with `old` wherever it is known: as evaluated, else as the update first saw it, else (for sequences left out) as sampled."""
+    first = torch.where(report.channels["first"].isnan(), signals.sampler, report.channels["first"])
+    return replace(signals, old=torch.where(signals.old.isnan(), first.to(signals.old), signals.old))
+
+
+def measures(
+    objective: Objective, rewards: Rewards, signals: Signals, batch: Pack, rollouts: Sequence[Rollout], report: Report
+) -> dict[str, float]:
+    """The step's metrics, on actions, in the field's names."""
+    known = complete(signals, report)
+    meter = Meter()
+    meter.add(batch_metrics(rewards, known, batch.layout, kl=getattr(objective.credit, "kl", 0.0)))
+    gap = (known.old - batch.sampler).abs()
+    found = meter.read() | report.metrics
+    extra = {
+        "reward": found.get("objective/scores", math.nan),
+        "length/truncated": sum(r.stop == "length" for r in rollouts) / len(rollouts),
+        "val/num_eos_tokens": float(sum(r.stop == "stop" for r in rollouts)),
+        "sampler/logprob_gap_mean": float(gap.mean()),
+        "sampler/logprob_gap_max": float(gap.max()),
+        "kl": found.get("objective/kl", math.nan),
+        "entropy": found.get("policy/entropy_avg", math.nan),
+    }
+    return {name: value for name, value in (found | extra).items() if not math.isnan(value) or name == "reward"}
+
+
+def keep_rollouts(
+    directory: RunDirectory, journal: Journal, step: int, rollouts: Sequence[Rollout], texts: Sequence[Text], rewards: Rewards,
+    experience: Experience, objective: Objective, report: Report, tokenizer: Any,
+) -> None:  # fmt: skip
+    """Store the step's rollouts with their token channels (differences taken before they are stored in half precision), and show four."""
+    layout, signals = experience.layout, complete(experience.signals, report)
+    advantages = experience.advantages[layout.starts]
+    new = report.channels["new"]
+    quiet, known = settled(rewards, replace(signals, reference=signals.reference.nan_to_num()), layout)
+    channels = {
+        "sampler_logprobs": signals.sampler, "old_logprobs": signals.old, "reference_logprobs": signals.reference, "new_logprobs": new,
+        "delta_ref": new - signals.reference, "kl": torch.expm1(signals.reference - new) - (signals.reference - new),
+        "adv_t": experience.advantages, "value": signals.values, "return": experience.returns,
+        "token_reward": shaped(quiet, known, layout, getattr(objective.credit, "kl", 0.0)),
+        **{name: report.channels[name] for name in ("ratio", "clip", "entropy", "push")},
+    }  # fmt: skip
+    sequences: dict[str, Tensor | Sequence[Any]] = {"advantage": advantages, **groups(rewards, layout), "dropped_reason": dropped(rewards, report.trained)}
+    table = rollout_store.RolloutTable(
+        rollouts, texts, rewards, tokenizer, sequences, {name: value for name, value in channels.items() if not value.isnan().all()},
+        run=directory.name,
+    )  # fmt: skip
+    rollout_store.write(directory.rollouts, step, table)
+    journal.samples(
+        step,
+        [
+            Sample(texts[i].prompt, texts[i].completion, {k: float(v[i]) for k, v in rewards.parts.items()}, float(advantages[i]))
+            for i in range(0, len(rollouts), max(1, len(rollouts) // 4))
+        ][:4],
+    )
+
+
+def dropped(rewards: Rewards, trained: Tensor) -> list[str | None]:
+    """Why a sequence was left out of the update: not scored (filter), or its advantage was 0 (zero_variance)."""
+    pairs = zip(rewards.scored.tolist(), trained.tolist(), strict=True)
+    return ["filter" if not scored else None if used else "zero_variance" for scored, used in pairs]
+
+
+def groups(rewards: Rewards, layout: Any) -> dict[str, Tensor]:
+    """Mean and standard deviation (divisor n) of the scored rewards of each sequence's group; NaN where none is scored."""
+    any_scored = group_count(layout, rewards.scored) > 0
+    found = {
+        "group_mean": group_mean(rewards.total, layout, rewards.scored),
+        "group_std": group_std(rewards.total, layout, rewards.scored, 0),
+    }
+    return {name: torch.where(any_scored, value, torch.nan)[layout.prompt] for name, value in found.items()}
+
+
+class Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self) -> None:
+        self.began = perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self.seconds[f"time/{phase}"] = perf_counter() - start
+
+    def read(self, actions: int) -> dict[str, float]:
+        """Seconds of the phases and of the whole step, and sampled tokens a second of the whole."""
+        step = perf_counter() - self.began
+        return self.seconds | {"time/step": step, "tokens_per_second": actions / step}
