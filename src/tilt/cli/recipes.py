@@ -56,12 +56,20 @@ def run(command: str, words: Sequence[str], switches: Switches, preset: Sequence
     if switches.quiet and "quiet" in recipe.Config.model_fields:
         document.values["quiet"] = True
     config = parse(document.values, recipe.Config, document.origins)
+    place = Path(config.root) / config.name if getattr(config, "name", None) else None
+    if place is not None and not switches.overwrite:
+        _refuse_existing(place)
     if switches.dry_run:
         print("\n".join(recipe.plan(config)))
         return
-    place = getattr(config, "name", None)
-    with _replacing(Path(config.root) / place) if switches.overwrite and place else nullcontext():
+    with _replacing(place) if switches.overwrite and place else nullcontext():
         recipe.run(config)
+
+
+def _refuse_existing(path: Path) -> None:
+    from tilt.runs.directory import refuse_existing
+
+    refuse_existing(path)
 
 
 def _replacing(path: Path) -> Any:

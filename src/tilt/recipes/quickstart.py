@@ -14,7 +14,7 @@ from rich.table import Table
 
 from tilt.config import Section
 from tilt.data.tokenizers import characters
-from tilt.recipes import opening, reward_model, rl, sft
+from tilt.recipes import opening, planning, reward_model, rl, sft
 from tilt.recipes.finishing import Result
 from tilt.recipes.settings import Run
 from tilt.runs.files import atomic_write
@@ -152,3 +152,11 @@ def _rows(found: Mapping[str, Result]) -> Iterable[tuple[str, str, str, str]]:
             yield stage, "score of the reward model", interval(before), interval(after)
             yield stage, "true preference rate over the SFT model", "0.500", f"{preference_rate(result.answers):.3f}"
             yield stage, "sequence KL to the reference, nats", f"{before['kl']:.2f}", f"{after['kl']:.2f}"
+
+
+def plan(config: Config) -> list[str]:
+    """What each stage would be told, in lines; nothing is trained or written."""
+    addition = {"sft": ADDITION_SFT, "grpo": ADDITION_GRPO}
+    manners_stages = {"sft": MANNERS_SFT, "reward_model": MANNERS_RM, "ppo": MANNERS_PPO}
+    parts = {"addition": addition, "manners": manners_stages}
+    return planning.stages(config, "quickstart", {f"{part}/{name}": given for part in config.parts for name, given in parts[part].items()})

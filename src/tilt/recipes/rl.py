@@ -27,6 +27,7 @@ from tilt.objectives import Objective, Signals, card
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import opening, planning
 from tilt.recipes.finishing import Result, keeping, saved, write_policy
+from tilt.recipes.rehearsal import rehearse
 from tilt.recipes.reporting import Clock, keep_rollouts, measures
 from tilt.recipes.scoring import Scoring, scoring
 from tilt.recipes.settings import Count, Evaluation, Sampling, Training
@@ -240,6 +241,9 @@ def _run(config: Config, ending: ExitStack) -> Result:
         Stream(prompts, config.seed), Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots), judged, learner, objective,
         trial, tokenizer, write,
     )  # fmt: skip
+    for scorer in (judged, also):
+        if scorer is not None:
+            rehearse(scorer, parts.sampler, prompts)
     frozen |= {f"reward model {i}": m for i, (m, _) in enumerate(judged.models)}
     frozen |= {f"measuring model {i}": m for i, (m, _) in enumerate(also.models if also else ())}
     marks = {role: fingerprint(module) for role, module in frozen.items()}

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tilt.config import Section
-from tilt.recipes import opening, pretrain, reward_model, rl, sft
+from tilt.recipes import opening, planning, pretrain, reward_model, rl, sft
 from tilt.recipes.finishing import Result
 from tilt.recipes.pretrain import Config as Pretrain
 from tilt.recipes.reward_model import Config as RewardModel
@@ -163,3 +163,9 @@ def _report(rows: list[list[str]], final: Result) -> str:
     for prompt, before, after in final.answers[:5]:
         lines += [f"prompt  {inert(prompt)}", f"before  {inert(before)}", f"after   {inert(after)}", ""]
     return "\n".join(lines)
+
+
+def plan(config: Config) -> list[str]:
+    """What every stage would read, hold and take, in lines; nothing is trained or written."""
+    plans = {"pretrain": pretrain.plan, "sft": sft.plan, "reward_model": reward_model.plan, "judge": reward_model.plan, "rl": rl.plan}
+    return planning.pipeline(config, plans, PENDING)

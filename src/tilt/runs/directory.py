@@ -87,9 +87,7 @@ def create(root: Path | str, name: str, *, config_yaml: str, command: Sequence[s
     if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]*", name):
         raise UsageError(f"`{name}` cannot name a run: use letters, digits, `_`, `-` and `.`, starting with a letter or digit")
     path = Path(root) / name
-    if path.exists() or path.is_symlink():
-        ways = "another name (name=…)", "no name at all (one is made up)", "--overwrite (the old run is deleted)"
-        raise UsageError(f"{path} exists already, and nothing is overwritten. Three ways out:\n" + "\n".join(f"  {i}. {way}" for i, way in enumerate(ways, 1)))
+    refuse_existing(path)
     line = command if isinstance(command, str) else " ".join(command)
     making = vacant(path)
     making.mkdir(parents=True)
@@ -108,6 +106,16 @@ def create(root: Path | str, name: str, *, config_yaml: str, command: Sequence[s
     return RunDirectory(path)
 
 
+def refuse_existing(path: Path) -> None:
+    """An existing directory is refused, with the three ways out."""
+    if path.exists() or path.is_symlink():
+        ways = "another name (name=…)", "no name at all (one is made up)", "--overwrite (the old run is deleted)"
+        raise UsageError(
+            f"{path} exists already, and nothing is overwritten. Three ways out:\n"
+            + "\n".join(f"  {i}. {way}" for i, way in enumerate(ways, 1))
+        )
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[None]:
     """Let a new run take the place of an old one: the old directory is put aside, and deleted once the new one exists, else put back."""
@@ -115,7 +123,9 @@ def replacing(path: Path) -> Iterator[None]:
         yield
         return
     if path.is_symlink() or not ((path / "config.yaml").is_file() and (path / "env.json").is_file()):
-        raise UsageError(f"{path} exists and is not the directory of a run (no config.yaml and env.json): it is not deleted; choose another name")
+        raise UsageError(
+            f"{path} exists and is not the directory of a run (no config.yaml and env.json): it is not deleted; choose another name"
+        )
     aside = vacant(path)
     path.rename(aside)
     try:
@@ -165,5 +175,8 @@ def _git(directory: Path) -> dict[str, Any] | None:
         commit, difference = ask("rev-parse", "HEAD").decode().strip(), ask("diff", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "diff_sha256": hashlib.sha256(difference).hexdigest() if difference else None, "diff_lines": difference.count(b"\n")}
-
+    return {
+        "commit": commit,
+        "diff_sha256": hashlib.sha256(difference).hexdigest() if difference else None,
+        "diff_lines": difference.count(b"\n"),
+    }

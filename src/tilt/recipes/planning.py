@@ -1,0 +1,344 @@
+"""The dry run: everything that a run opens is opened, counted, shown and timed; nothing is trained and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tilt.data.formats import Want
+from tilt.data.packing import Pack, pack
+from tilt.data.rendering import Renderer, show
+from tilt.data.rollouts import Prompt, Rollout, Sampling
+from tilt.errors import UsageError
+from tilt.learning.pairs import Pair, end_scores, likelihoods, packed
+from tilt.models.adapters import adapter_off
+from tilt.models.loading import padded_tokenizer
+from tilt.models.policy import Policy, RewardModel
+from tilt.objectives import Objective, card
+from tilt.recipes import opening
+from tilt.recipes.rehearsal import rehearse
+from tilt.recipes.scoring import scoring
+from tilt.recipes.settings import Run, Training
+from tilt.recipes.trying import sampling_of
+from tilt.recipes.variants import resolve
+from tilt.runs.directory import auto_name
+from tilt.runs.text import duration, inert, middle, number
+from tilt.sampling.sampler import Sampler
+
+if TYPE_CHECKING:
+    from tilt.recipes import dpo, pretrain, reward_model, rl, sft
+
+Examples = Sequence[Rollout]
+SHOWN = 1200  # terminal cells of an example
+FORWARD = 1 / 3  # of the time of a forward and a backward pass
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What every recipe opens."""
+
+    device: torch.device
+    rows: opening.Rows
+    lm: Any
+    tokenizer: Any
+    name: str
+    render: Renderer
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A forward and backward pass of the real model on examples: seconds a token, and bytes a token kept for the backward pass."""
+
+    tokens: int
+    seconds: float
+    activations: float
+
+
+def texts(config: pretrain.Config, pieces: Callable[..., list[Rollout]]) -> list[str]:
+    """The plan of pretraining."""
+    found = _open(config, config.read_as)
+    policy = opening.policy_of(opening.adapted(found.lm, config.lora), found.device)
+    train = pieces(found.render, found.rows.train, config.read_as, config.length)
+    return _supervised(config, "pretrain", "pieces", found, policy, train)
+
+
+def demonstrations(config: sft.Config) -> list[str]:
+    """The plan of supervised fine-tuning."""
+    found = _open(config, "sft")
+    policy = opening.policy_of(opening.adapted(found.lm, config.lora), found.device)
+    train = found.render.demonstrations(found.rows.train)
+    rehearsed: list[str] = []
+    if config.reward is not None:
+        rehearsed = [_rehearsed(config, found, [row.prompt for row in train[:2]])]
+    return _supervised(config, "sft", "rows", found, policy, train) + rehearsed
+
+
+def scored_pairs(config: reward_model.Config) -> list[str]:
+    """The plan of a reward model."""
+    found = _open(config, "preference")
+    pairs = found.render.pairs(found.rows.train)
+    padding = padded_tokenizer(found.tokenizer).pad_token_id
+    model = RewardModel.from_policy(opening.policy_of(found.lm, found.device), padding=padding, seed=config.seed)
+    opening.adapted(model.model, config.lora)
+    return _paired(config, "rm", found, model, lambda batch: end_scores(model)(batch).sum(), pairs, {})
+
+
+def compared_pairs(config: dpo.Config) -> list[str]:
+    """The plan of direct preference optimisation: the reference is read once, before the first step, and not held."""
+    found = _open(config, "preference")
+    pairs = found.render.pairs(found.rows.train)
+    policy = opening.policy_of(opening.adapted(found.lm, config.lora), found.device)
+    with adapter_off(policy.lm) if config.lora is not None else nullcontext():
+        held = (
+            {} if config.reference is None else {"reference": _parameters(opening.language_model(config.reference, None, tuple, 0)[0])[0]}
+        )
+    return _paired(config, "dpo", found, policy, lambda batch: likelihoods(policy)(batch).sum(), pairs, held)
+
+
+def reinforcement(config: rl.Config) -> list[str]:
+    """The plan of reinforcement learning. Without a reward (as in a pipeline, where the stage before makes it) a model of the policy's size stands in."""
+    name, objective = resolve(config.algorithm, config.objective)
+    found = _open(config, "prompt")
+    shared = bool(objective.value.needs) and config.critic == "shared"
+    policy = opening.policy_of(opening.adapted(found.lm, config.lora), found.device, value_head=shared)
+    prompts = found.render.prompts(found.rows.train)
+    if config.prompts > len(prompts):
+        raise UsageError(f"prompts {config.prompts}: the data have only {len(prompts)} training prompts; set prompts to at most that")
+    held, critic = _held(config, objective, found, policy, shared)
+    rehearsed = [] if config.reward is None else [_rehearsed(config, found, prompts, config.missing_stop_penalty)]
+    measured = _try(
+        lambda batch: -policy(batch).logprobs.sum(), _guessed(prompts, config.sampling.max_tokens), config, found.device, policy
+    )
+    answers, longest = config.prompts * config.samples, config.sampling.max_tokens
+    asked = sum(len(p.tokens) for p in prompts) / len(prompts)
+    tokens = round(config.prompts * asked + answers * longest)
+    passes = config.passes * (1 + (critic > 0)) + FORWARD * (
+        len(held) + ("old" in objective.needs) * (config.passes * config.minibatches > 1)
+    )
+    drawing = _generation(config, found, policy, prompts, sampling_of(config.sampling, found.render))
+    each = drawing + tokens * passes * measured.seconds
+    return [
+        *_opening(config, Path(name.rpartition(":")[0] or name).stem, found, policy),
+        *rehearsed,
+        *_shown([_asked(p, found.tokenizer) for p in prompts[:2]]),
+        *_memory(config, policy, measured, tokens, held, critic),
+        f"steps      {config.steps} of {config.prompts} prompts × {config.samples} answers of at most {longest} tokens: at most {tokens:,} tokens a step; "
+        f"{config.passes * config.minibatches} optimizer steps each; {config.steps * config.prompts / len(prompts):.1f} passes over the {len(prompts):,} prompts",
+        f"time       at most about {duration(config.steps * each)}: {config.steps} steps × {each:.2f} s, of which {drawing:.2f} s to generate, "
+        f"if every answer is {longest} tokens long; estimated from {measured.tokens:,} tokens and 8 decoding steps tried here; evaluations come on top",
+        *([f"note       {policy.note}"] if policy.note else []),
+        "objective  " + card(objective, name=name, samples=config.samples, passes=config.passes).replace("\n", "\n           "),
+    ]
+
+
+def pipeline(config: Any, plans: Mapping[str, Callable[[Any], list[str]]], pending: str) -> list[str]:
+    """The plans of a pipeline's stages, each on the model that the first stage starts from, since no stage has trained one."""
+    root = _place(config, "rlhf", config.model if isinstance(config.model, str) else config.model.kind)
+    lines = [f"run        {root}", "           every stage is planned on the model that the first one starts from: none has been trained"]
+    for name, plan in plans.items():
+        stage = getattr(config, name)
+        if stage is None:
+            continue
+        shared = {key: getattr(config, key) for key in Run.model_fields if key not in stage.model_fields_set}
+        shared |= {"name": name, "root": Path(root), "tokenizer": config.tokenizer}
+        shared |= {"model": config.model} if stage.model == pending else {}
+        shared |= {"reward": None} if pending in str(getattr(stage, "reward", "")) else {}
+        lines += ["", f"── {name} " + "─" * max(0, 70 - len(name)), *plan(stage.model_copy(update=shared))]
+    return lines
+
+
+def stages(config: Run, recipe: str, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The plan of a fixed programme: where it will lie, and the settings of each stage."""
+    lines = [f"run        {_place(config, recipe, 'tiny')}"]
+    return lines + [f"{name:<10} " + ", ".join(f"{key} {value}" for key, value in given.items()) for name, given in settings.items()]
+
+
+# --- what the recipes share ----------------------------------------------------------------------------------------------
+
+
+def _open(config: Training, want: Want) -> Opened:
+    device = opening.settle(config)
+    rows = opening.rows(config.data, want)
+    lm, tokenizer, name = opening.language_model(config.model, config.tokenizer, lambda: opening.texts(rows.train), config.seed)
+    return Opened(device, rows, lm, tokenizer, name, opening.renderer(tokenizer, config.data, lm, rows))
+
+
+def _place(config: Run, recipe: str, model: str) -> str:
+    """The directory that the run would make; one without a name gets six characters at its end."""
+    return str(Path(config.root) / (config.name or auto_name(recipe, model)[:-6] + "······"))
+
+
+def _opening(config: Training, recipe: str, found: Opened, module: nn.Module) -> list[str]:
+    return [
+        f"run        {_place(config, recipe, found.name)}",
+        opening.headline(found.name, module, found.device, config),
+        *found.rows.notes,
+        f"           {found.render.summary()}; the longest a prompt may be is {found.render.max_prompt_tokens} tokens, an answer {found.render.max_tokens}: "
+        f"longer ones are {'left out' if found.render.over_length == 'drop' else 'cut'}",
+    ]
+
+
+def _supervised(config: Any, recipe: str, unit: str, found: Opened, policy: Policy, train: Examples) -> list[str]:
+    measured = _try(lambda batch: -policy(batch).logprobs.sum(), train, config, found.device, policy)
+    tokens = sum(len(r.prompt.tokens) + len(r.tokens) for r in train)
+    return [
+        *_opening(config, recipe, found, policy),
+        *_shown([show(example, found.tokenizer) for example in train[:2]]),
+        *_memory(config, policy, measured, tokens / len(train) * config.batch, {}, 0),
+        *_epochs(config, unit, len(train), tokens, measured),
+        *([f"note       {policy.note}"] if policy.note else []),
+    ]
+
+
+def _paired(
+    config: Any, recipe: str, found: Opened, model: Policy | RewardModel, loss: Callable[[Pack], Tensor], pairs: Sequence[Pair], held: dict[str, int]
+) -> list[str]:  # fmt: skip
+    measured = _try(loss, [answer for pair in pairs for answer in pair], config, found.device, model)
+    titles, tokens = ("chosen, ", "rejected, "), len(packed(pairs).tokens)
+    return [
+        *_opening(config, recipe, found, model),
+        *_shown([title + show(answer, found.tokenizer) for title, answer in zip(titles, pairs[0], strict=True)]),
+        *_memory(config, model, measured, tokens / len(pairs) * config.batch, held, 0),
+        *_epochs(config, "pairs", len(pairs), tokens, measured),
+        *([f"note       {model.note}"] if model.note else []),
+    ]
+
+
+def _epochs(config: Any, unit: str, count: int, tokens: int, measured: Measured) -> list[str]:
+    """Steps, tokens and time of training on given rows."""
+    steps, batch = config.steps or max(1, round(config.epochs * count / config.batch)), min(config.batch, count)
+    few = f" (batch {config.batch} is more than there are)" if batch < config.batch else ""
+    each = tokens / count * batch
+    seconds = steps * each * measured.seconds
+    return [
+        f"steps      {steps} of {batch} {unit}{few}: about {each:,.0f} tokens a step, {steps * batch / count:.1f} passes over the {count:,} {unit}",
+        f"time       about {duration(seconds)}: {1 / measured.seconds:,.0f} tokens a second on a trial of {measured.tokens:,}; evaluations come on top",
+    ]
+
+
+def _shown(examples: Sequence[str]) -> list[str]:
+    """Examples as the model sees them, inert and not longer than a screen."""
+    lines = []
+    for which, text in enumerate(examples):
+        head, _, body = text.partition("\n")
+        lines += [f"example {which}  {head}", f"           {middle(inert(body), SHOWN)}"]
+    return lines
+
+
+def _asked(prompt: Prompt, tokenizer: Any) -> str:
+    return f"{len(prompt.tokens)} tokens, a prompt; every token of an answer is trained\n{tokenizer.decode(list(prompt.tokens))}"
+
+
+def _rehearsed(config: Any, found: Opened, prompts: Sequence[Prompt], penalty: float = 0.0) -> str:
+    """The reward is asked once, about short answers of the model as it is, so that its mistakes show here."""
+    judged = scoring(config.reward, found.tokenizer, found.device, missing_stop_penalty=penalty)
+    rewards = rehearse(judged, Sampler(found.lm, found.tokenizer, sampling_of(config.sampling, found.render), seed=config.seed), prompts)
+    values = [number(total) if seen else "no score" for total, seen in zip(rewards.total.tolist(), rewards.scored.tolist(), strict=True)]
+    judged.close()
+    return f"reward     {len(values)} short answers of the model as it is get {', '.join(values)}"
+
+
+def _parameters(module: nn.Module) -> tuple[int, int]:
+    """Bytes of all parameters, and of those that are trained."""
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def _held(config: rl.Config, objective: Objective, found: Opened, policy: Policy, shared: bool) -> tuple[dict[str, int], int]:
+    """Bytes of each frozen model that the run holds beside the policy, and of the critic."""
+    body = _parameters(policy)[0]
+    held: dict[str, int] = {}
+    if "reference" in objective.needs or config.max_kl is not None or config.lora is None:
+        held["reference"] = 0 if config.lora is not None and config.reference is None else body
+    if config.reward is None:
+        held["reward model (of the policy's size, from the stage before)"] = body
+    else:
+        judged = scoring(config.reward, found.tokenizer, found.device)
+        held |= {f"reward model {i}": _parameters(model)[0] for i, (model, _) in enumerate(judged.models)}
+    return held, body if objective.value.needs and not shared else 0
+
+
+def _memory(config: Training, module: nn.Module, measured: Measured, batch: float, held: Mapping[str, int], critic: int) -> list[str]:
+    """Bytes by what they are for: Adam keeps two numbers for each trained one, a critic is trained like the policy."""
+    every, trained = _parameters(module)
+    tokens = min(config.micro_tokens, round(batch))
+    parts = {
+        "weights": every, "gradients": trained, "Adam": 2 * trained, "critic with its own": 4 * critic, **held,
+        f"activations of {tokens:,} tokens": round(measured.activations * tokens),
+    }  # fmt: skip
+    said = ", ".join(f"{name} {_size(count)}" for name, count in parts.items() if count or name == "reference")
+    return [f"memory     about {_size(sum(parts.values()))} at most: {said}"]
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(count / 2**20, 0.1):.1f} MiB"
+
+
+def _guessed(prompts: Sequence[Prompt], length: int) -> list[Rollout]:
+    """Prompts with answers of the greatest length, for timing alone."""
+    return [Rollout.demonstration(p, (p.tokens * (length // len(p.tokens) + 1))[:length]) for p in prompts[:64]]
+
+
+def _try(loss: Callable[[Pack], Tensor], examples: Examples, config: Training, device: torch.device, module: nn.Module) -> Measured:
+    """Time a forward and backward pass on a few examples, once to warm up and to count what is kept, twice by the clock."""
+    weight = sum(p.numel() for p in module.parameters())
+    budget = min(config.micro_tokens, max(64, min(2048, int(2e10 / max(weight, 1)))))
+    chosen: list[Rollout] = []
+    while len(chosen) < len(examples) and (not chosen or sum(len(r.prompt.tokens) + len(r.tokens) for r in chosen) < budget):
+        chosen.append(examples[len(chosen)])
+    batch = pack(chosen).to(device)
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    autocast = opening.precision(config, device)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast():
+        loss(batch).backward()  # type: ignore[no-untyped-call]
+    times = []
+    for _ in range(2):
+        began = perf_counter()
+        with autocast():
+            loss(batch).backward()  # type: ignore[no-untyped-call]
+        _wait(device)
+        times.append(perf_counter() - began)
+    seconds = min(times)
+    module.zero_grad(set_to_none=True)
+    return Measured(len(batch.tokens), seconds / len(batch.tokens), sum(kept.values()) / len(batch.tokens))
+
+
+def _generation(config: rl.Config, found: Opened, policy: Policy, prompts: Sequence[Prompt], sampling: Sampling) -> float:
+    """Seconds to generate the answers of a step, each of the greatest length: reading the prompts once, and one decoding step a token."""
+    slots, answers = config.sampling.slots, config.prompts * config.samples
+    weight = sum(p.numel() for p in policy.parameters())
+    asked = list(
+        prompts[
+            : max(
+                1, min(config.prompts, int(2e10 / weight) // max(len(p.tokens) for p in prompts[: config.prompts]), slots // config.samples)
+            )
+        ]
+    )
+    times = []
+    for length in (1, 1, 9):
+        sampler = Sampler(found.lm, found.tokenizer, replace(sampling, max_tokens=length, stop_ids=(), stop_strings=()), slots=slots)
+        began = perf_counter()
+        sampler.sample(asked, config.samples, step=0, stream="trial")
+        _wait(found.device)
+        times.append(perf_counter() - began)
+    once, decoding = times[1], max(0.0, times[2] - times[1]) / 8
+    return (once + decoding * sampling.max_tokens) * answers / (len(asked) * config.samples)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
