@@ -53,7 +53,7 @@ def rows(data: Data, want: Want) -> Rows:
         if len(train) < len(found.rows):
             notes.append(f"           {len(found.rows) - len(train)} rows ask what is held out in {data.eval}: left out of training")
     elif data.held_out > 0:
-        train, held = split(found.rows, data.held_out)
+        train, held = _held_out(found.rows, data)
     if data.half != "all":
         train = split(train, [0.5, 0.5], seed=1)[data.half == "second"]
     if not train:
@@ -62,6 +62,13 @@ def rows(data: Data, want: Want) -> Rows:
             + (f": all ask what is held out in {data.eval}\n  name other rows in data.eval" if data.eval is not None else "")
         )
     return Rows(train, held, found.conversational, [*notes, f"           {len(train)} rows to train on, {len(held)} held out by prompt"])
+
+
+def _held_out(found: list[Row], data: Data) -> list[list[Row]]:
+    try:
+        return split(found, data.held_out)
+    except DataError as error:
+        raise DataError(f"{data.source}: {error}; data.held_out is {data.held_out}, and 0 holds nothing out") from None
 
 
 def _read(source: str, want: Want, columns: Mapping[str, str]) -> Dataset:
