@@ -88,7 +88,7 @@ def refused(capsys: pytest.CaptureFixture[str], place: Path) -> Callable[..., st
         assert "Traceback" not in shown.err and "not a known kind of mistake" not in shown.err
         missing = [part for part in parts if part not in shown.err]
         assert not missing, f"{missing} not in:\n{shown.err}"
-        assert not [p for p in place.rglob("env.json")] and not [p for p in place.glob("runs/*")], "a run directory was left"
+        assert not list(place.rglob("env.json")) and not list(place.glob("runs/*")), "a run directory was left"
         return shown.err
 
     return check
