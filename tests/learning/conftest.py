@@ -16,6 +16,8 @@ from tilt.models.policy import Critic, Policy
 from tilt.objectives import Rewards
 from tilt.optim.optimizers import AdamW, Optimizer
 
+WHOLE = Passes()
+
 
 @pytest.fixture(autouse=True)
 def _float64():
@@ -63,7 +65,7 @@ def rewards(batch):
 def make(lm):
     """A learner on a copy of the model; `critic` gives it one of its own, `shared` a value head on the same body."""
 
-    def build(settings: Passes = Passes(), *, critic: bool = False, shared: bool = False, clip_norm: float = 0.0, steps: int = 10, **more):
+    def build(settings: Passes = WHOLE, *, critic: bool = False, shared: bool = False, clip_norm: float = 0.0, steps: int = 10, **more):
         policy = Policy(copy.deepcopy(lm), value_head=shared)
         rule = AdamW(1e-3, clip_norm=clip_norm, **more)
         own = Critic.from_policy(policy).double() if critic else None

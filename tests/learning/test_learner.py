@@ -9,7 +9,7 @@ import torch
 
 from tilt.learning import learner as module
 from tilt.learning.learner import Mismatch, NonFinite, Passes, movable
-from tilt.objectives import ALGORITHMS, GAE, Clip, NoPenalty, Objective, Rewards, Signals, TokenRatio
+from tilt.objectives import ALGORITHMS, Clip, NoPenalty, Objective, Rewards, Signals, TokenRatio
 
 ROWS = ["grpo", "dapo", "gspo", "gspo_token", "rloo", "rloo_clip", "ppo", "reinforce_pp", "dr_grpo", "cispo", "raft"]
 

@@ -64,8 +64,13 @@ def _complete(name: str, lacking: list[str], what: str, mend: str) -> None:
 
 
 def read_tokenizer(name: str | Path) -> Any:
-    """A tokenizer from a folder or hub name."""
+    """A tokenizer from a folder or hub name. A folder without one is refused: transformers would make up an empty one from the model's type."""
     compat.quiet()
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken")):
+        raise UsageError(
+            f"tokenizer {folder}: the folder holds no tokenizer (tokenizer.json).\nName one: `tokenizer: FOLDER`, or save it there with save_pretrained."
+        )
     return reading(str(name), lambda: compat.read_tokenizer(str(name)), what="tokenizer")
 
 

@@ -158,9 +158,9 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
         counts = {"episode": (step + 1) * len(rollouts), "eps": len(rollouts) / metrics["time/step"], "skipped/total": skipped}
         journal.step(step, metrics | counts | {f"eval/{name}": value for name, value in seen.items()})
         seen = {}
-        for message in set(scorer.score.report.messages.values()) - said:
-            said.add(message)
-            journal.note(f"reward     {message}")
+        for part in scorer.score.report.messages.keys() - said:
+            said.add(part)
+            journal.note(f"reward     {scorer.score.report.messages[part]}")
         if watch:
             keep_rollouts(directory, journal, step, rollouts, texts, rewards, experience, objective, report, parts.tokenizer)
         if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < config.steps:

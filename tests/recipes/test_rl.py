@@ -1,0 +1,398 @@
+"""The rl recipe end to end: every row runs, what must not change does not, and what is wrong is refused or stops the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tilt.errors import NumericError, UsageError
+from tilt.learning import learner
+from tilt.models.loading import load, tiny
+from tilt.models.saving import save
+from tilt.objectives import ALGORITHMS, GLOSSARY
+from tilt.recipes import opening, rl
+from tilt.runs import rollout_store
+
+def variety(completions: list[str], **columns: object) -> list[float]:
+    return [float(len(set(text))) for text in completions]
+
+
+LORA = {"rank": 2, "alpha": 4.0}
+CLOCK = ("time", "tokens_per_second", "eps")
+
+
+def plain(lines: list[dict]) -> list[dict]:
+    """Metrics without what depends on the clock and without evaluations."""
+    return [{k: v for k, v in line.items() if not k.startswith((*CLOCK, "eval/")) and not k.endswith("_seconds")} for line in lines]
+
+
+def training(lines: list[dict]) -> list[dict]:
+    return [line for line in plain(lines) if "loss" in line or "skipped" in line]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_row_of_the_table_runs(run_rl, metrics, name):
+    result = run_rl(algorithm=name)
+    lines = metrics(result)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert lines[0]["grad_norm"] > 0 and "eval/reward" in lines[0] and "eval/reward" in lines[2]
+    assert lines[0].get("val/ratio", 1.0) == 1.0 and lines[0].get("val/first_gap", 0.0) == 0.0
+    assert lines[0]["sampler/logprob_gap_max"] < 1e-4
+    assert (result.checkpoint / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "gspo", "rloo_clip", "reinforce_pp"])
+def test_several_passes_and_minibatches_run(run_rl, metrics, name):
+    lines = metrics(run_rl(algorithm=name, passes=2, minibatches=2, critic_lr=2e-3 if name == "ppo" else None, micro_tokens=40))
+    assert lines[0]["val/first_gap"] < 1e-5 and lines[0]["val/ratio"] != 1.0
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+def test_every_metric_has_a_line_in_the_glossary(run_rl, run_sft, metrics):
+    known = {name.replace("<part>", "variety") for name in GLOSSARY}
+    for result in (run_rl(algorithm="ppo", measure=[variety]), run_sft(reward=variety, eval={"every": 1})):
+        seen = {name for line in metrics(result) for name in line} - {"step", "time"}
+        assert sorted(seen - known) == []
+
+
+def test_evaluation_does_not_touch_training(run_rl, metrics):
+    often, never = (metrics(run_rl(algorithm="ppo", steps=3, eval={"every": every, "prompts": n})) for every, n in ((1, 5), (0, 2)))
+    assert training(often) == training(never)
+    assert [("eval/reward" in line) for line in often] == [True] * 4 and [("eval/reward" in line) for line in never] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_storing_rollouts_does_not_touch_training(run_rl, metrics):
+    assert training(metrics(run_rl(rollouts_every=1, save_every=1))) == training(metrics(run_rl(rollouts_every=0)))
+
+
+def test_a_seed_fixes_the_run_and_another_changes_it(run_rl, metrics):
+    first, again, other = (training(metrics(run_rl(seed=seed))) for seed in (3, 3, 4))
+    assert first == again != other
+
+
+def test_the_record_names_the_recipe_the_row_and_a_python_reward(run_rl):
+    result = run_rl()
+    text = result.directory.config.read_text()
+    config = yaml.safe_load(text)
+    assert config["recipe"] == "rl" and config["algorithm"] == "grpo" and config["reward"].endswith(":variety")
+    assert text.startswith("# reward: a Python object in hand") and result.directory.name.startswith("grpo-")
+    assert "objective: Objective(" in (result.directory.path / "objective.txt").read_text()
+
+
+def test_a_configuration_of_plain_values_reruns_from_its_record(run_rl, metrics):
+    first = run_rl(reward={"length": 3}, seed=5)
+    given = yaml.safe_load(first.directory.config.read_text())
+    assert given.pop("recipe") == "rl"
+    again = rl.run(rl.Config.model_validate(given))
+    assert training(metrics(first)) == training(metrics(again))
+
+
+def test_stored_rollouts_hold_the_channels(run_rl):
+    result = run_rl(algorithm="ppo", passes=2, optimizer={"lr": 3e-2}, critic_lr=1e-2)
+    rows = rollout_store.read(rollout_store.path_of(result.directory.rollouts, 1))
+    assert len(rows) == 16
+    for name in (
+        "ratio",
+        "clip",
+        "push",
+        "entropy",
+        "value",
+        "return",
+        "token_reward",
+        "adv_t",
+        "delta_ref",
+        "kl",
+        "old_logprobs",
+        "new_logprobs",
+    ):
+        assert len(rows[0][name]) == len(rows[0]["ids"]), name
+    clips = {mark for row in rows for mark in row["clip"]}
+    assert clips <= {-1, 0, 1, 2} and len(clips) > 1
+    for row in rows:
+        assert sum(row["token_reward"]) == pytest.approx(
+            row["reward"] - 0.05 * sum(o - r for o, r in zip(row["old_logprobs"], row["reference_logprobs"], strict=True)), abs=2e-2
+        )
+        assert {push == 0 for push, mark in zip(row["push"], row["clip"], strict=True) if mark in (-1, 1)} <= {True}
+        group = [other["reward"] for other in rows if other["group_id"] == row["group_id"]]
+        assert row["group_mean"] == pytest.approx(sum(group) / 4, abs=1e-5)
+
+
+def test_groups_without_a_difference_are_marked_skipped_and_counted(run_rl, metrics):
+    def same(completions, **columns):
+        return [1.0] * len(completions)
+
+    result = run_rl(algorithm="dapo", reward=same)
+    lines = metrics(result)
+    assert [line.get("skipped") for line in lines] == [1.0, 1.0, None] and lines[1]["skipped/total"] == 2
+    assert "skipped    2 of 2 batches" in result.directory.log.read_text()
+    assert {row["dropped_reason"] for row in rollout_store.read(rollout_store.path_of(result.directory.rollouts, 0))} == {"zero_variance"}
+    assert lines[0]["objective/entropy"] > 0  # also of answers that no update looked at
+
+
+def test_unscored_answers_are_counted_and_left_out(run_rl, metrics):
+    def some(completions, **columns):
+        return [None if i % 4 == 1 else float(len(set(text))) for i, text in enumerate(completions)]
+
+    result = run_rl(algorithm="dapo", reward=some)
+    assert metrics(result)[0]["objective/unscored"] == 0.25
+    rows = rollout_store.read(rollout_store.path_of(result.directory.rollouts, 0))
+    assert [row["reward"] is None for row in rows] == [i % 4 == 1 for i in range(16)]
+    assert all(row["dropped_reason"] == "filter" and row["advantage"] == 0 for row in rows[1::4])
+
+
+def test_nothing_could_be_scored(run_rl, metrics):
+    lines = metrics(run_rl(reward=lambda completions, **columns: [None] * len(completions), algorithm="ppo", eval={"prompts": 2}))
+    assert lines[0]["objective/unscored"] == 1.0
+
+
+# --- frozen models --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(run_sft, run_rm):
+    """An SFT model and a reward model on its body."""
+    policy = run_sft(steps=2).checkpoint
+    return policy, run_rm(model=str(policy), steps=2).checkpoint
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"lora": LORA}, {"critic": "shared"}, {"critic": "policy"}, {"critic": "reward_model", "critic_warmup": 1}]
+)
+def test_four_models(run_rl, metrics, trained, extra):
+    policy, judge = trained
+    result = run_rl(
+        algorithm="ppo", model=str(policy), reward={"model": str(judge), "name": "rm"}, optimizer={"lr": 1e-2}, passes=2, **extra
+    )
+    lines = metrics(result)
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    log = result.directory.log.read_text()
+    assert (
+        "unchanged  reward model 0" in log and ("unchanged  base under the adapter" if "lora" in extra else "unchanged  reference") in log
+    )
+    before, after = (torch.cat([p.flatten() for p in load(place)[0].parameters()]) for place in (policy, result.checkpoint))
+    assert not torch.equal(before, after)
+    assert lines[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4) and lines[-1]["eval/kl"] != 0.0
+    if extra.get("critic") == "shared":
+        assert load_file(result.checkpoint / "value_head.safetensors")["weight"].abs().max() > 0
+    else:
+        head = load_file(result.checkpoint / "critic" / "value_head.safetensors")
+        assert set(head) == {"weight", "bias"} and (result.checkpoint / "critic" / "model.safetensors").exists()
+    if extra.get("critic_warmup"):
+        assert "grad_norm" not in lines[0] and "grad_norm" in lines[1] and lines[0]["critic/grad_norm"] > 0
+
+
+def test_a_reward_model_of_other_tokens_scores_the_text(run_rl, run_rm, trained):
+    judge = run_rm(model={"kind": "llama", "width": 24, "layers": 1, "heads": 2, "context": 64, "vocabulary": 300}, lora=LORA).checkpoint
+    result = run_rl(algorithm="ppo", model=str(trained[0]), reward=[{"model": str(judge), "weight": 0.5}, {"length": 4}])
+    assert "unchanged  reward model 0" in result.directory.log.read_text()
+    with pytest.raises(UsageError, match="no reward model here reads the policy's tokens"):
+        run_rl(algorithm="ppo", model=str(trained[0]), reward={"model": str(judge)}, critic="reward_model")
+
+
+def test_a_reference_from_a_path_is_used_and_never_changes(run_rl, metrics, trained, run_sft, pairs):
+    other = run_sft(model=str(trained[0]), steps=6, optimizer={"lr": 1e-2}).checkpoint
+    result = run_rl(model=str(trained[0]), reference=str(other))
+    assert abs(metrics(result)[0]["kl"]) > 1e-3 and "unchanged  reference" in result.directory.log.read_text()
+    strange = run_sft(data={"source": str(pairs), "template": "text"}, steps=1).checkpoint
+    with pytest.raises(UsageError, match="its tokenizer differs"):
+        run_rl(model=str(trained[0]), reference=str(strange))
+
+
+def test_a_frozen_model_that_changed_is_found(run_rl, trained, monkeypatch):
+    policy, judge = trained
+    found = rl.train
+
+    def corrupt(config, parts, directory, journal):
+        with torch.no_grad():
+            parts.scoring.models[0][0].score_layer.weight.add_(1.0)
+        return found(config, parts, directory, journal)
+
+    monkeypatch.setattr(rl, "train", corrupt)
+    with pytest.raises(NumericError, match="reward model 0 changed"):
+        run_rl(model=str(policy), reward={"model": str(judge)})
+
+
+def test_with_an_adapter_the_reference_is_exact(run_rl, metrics, trained):
+    lines = metrics(run_rl(model=str(trained[0]), lora=LORA, steps=3, optimizer={"lr": 5e-2}))
+    assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-5) and lines[0]["eval/kl"] == 0.0
+    assert abs(lines[-1]["eval/kl"]) > 1e-4
+
+
+# --- precision ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_bfloat16_on_a_processor(run_rl, metrics, name):
+    lines = metrics(run_rl(algorithm=name, dtype="bfloat16", passes=2))
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert 0 < lines[0]["sampler/logprob_gap_max"] < 0.1
+
+
+# --- what is refused, what stops -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"samples": 1}, "samples=1 gives no signal"),
+        ({"sampling": {"top_k": 5}}, "top_k and top_p cannot be used"),
+        ({"algorithm": "rloo", "passes": 2}, "set passes to 1"),
+        ({"algorithm": "rloo", "minibatches": 2}, "set minibatches to 1"),
+        ({"minibatches": 17}, "more than the 16 answers"),
+        ({"algorithm": "ppo", "critic": "shared", "critic_warmup": 1}, "critic shared has no weights of its own"),
+        ({"critic_warmup": 2}, "leaves no step"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(run_rl, settings, words):
+    with pytest.raises((UsageError, ValueError), match=words):
+        run_rl(**settings)
+
+
+def test_too_few_prompts_and_missing_places_are_refused_before_a_run_exists(run_rl, shared):
+    with pytest.raises(UsageError, match="only 5[0-9] training prompts"):
+        run_rl(prompts=1000)
+    with pytest.raises(UsageError, match="tokenizer /nowhere"):
+        run_rl(model={"width": 16, "tokenizer": "/nowhere"})
+    with pytest.raises(UsageError, match="no such folder"):
+        run_rl(model="/nowhere/model")
+    with pytest.raises(UsageError, match="qwen2 model with this tokenizer cannot be saved"):
+        run_rl(model={"kind": "qwen2", "width": 16, "layers": 1, "heads": 2, "context": 32, "vocabulary": 270})
+    assert not Path(shared["root"]).exists()
+
+
+def test_an_idle_critic_setting_is_said_and_changes_nothing(run_rl, metrics):
+    plainly, idle = run_rl(), run_rl(critic_lr=1e-2, critic_warmup=1)
+    assert "critic_lr, critic_warmup: without effect" in idle.directory.log.read_text()
+    assert training(metrics(plainly)) == training(metrics(idle))
+
+
+def test_a_batch_that_breaks_the_loss_is_kept(run_rl, shared, monkeypatch):
+    found = learner.Learner._forward
+
+    def broken(self, small, objective, temperature):
+        said = found(self, small, objective, temperature)
+        return type(said)(**{**vars(said), "logprobs": said.logprobs * torch.nan}) if self.version == 1 else said
+
+    monkeypatch.setattr(learner.Learner, "_forward", broken)
+    with pytest.raises(NumericError, match="step 1: the policy's log-probabilities is not finite") as caught:
+        run_rl(name="broken")
+    assert caught.value.exit_code == 4
+    kept = torch.load(Path(shared["root"]) / "broken" / "bad_batch_step_000001.pt", weights_only=True)
+    assert kept["step"] == 1 and len(kept["batch"]["actions"]) == len(kept["experience"]["advantages"]) > 0
+    assert "stopped: NumericError" in (Path(shared["root"]) / "broken" / "log.txt").read_text()
+
+
+def test_a_stale_sampler_stops_the_run(run_rl, monkeypatch):
+    def stale(self, policy):
+        with torch.no_grad():
+            self.lm = tiny("qwen3", vocabulary=270, width=16, layers=1, heads=2, context=32, seed=9)
+            self.lm.get_output_embeddings().weight.mul_(60)
+
+    monkeypatch.setattr(rl.Sampler, "load", stale)
+    with pytest.raises(NumericError, match="disagree about the same answers"):
+        run_rl(algorithm="dapo")
+
+
+def test_workers_of_a_reward_end_with_the_run(run_rl, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def score(completions, **columns):\n    return [float(len(set(t))) for t in completions]\n")
+    closed = []
+    found = rl.Scoring.close
+    monkeypatch.setattr(rl.Scoring, "close", lambda self: (closed.append(self), found(self)))
+    run_rl(reward=f"{tmp_path / 'mine.py'}:score")
+    assert len(closed) == 1
+    monkeypatch.setattr(rl, "train", lambda *parts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_rl(measure={"length": 3})
+    assert len(closed) == 3
+
+
+def test_failures_of_a_reward_are_said_once(run_rl, metrics):
+    def shaky(completions, **columns):
+        return [math.nan] * len(completions)
+
+    result = run_rl(reward={"function": shaky, "on_error": "skip"})
+    assert result.directory.log.read_text().count("returned nan") == 1
+    assert metrics(result)[0]["reward/shaky_failed"] == 16
+
+
+# --- one's own row ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_of_ones_own_from_a_file_trains_from_python(run_rl, metrics):
+    file = Path(__file__).parents[2] / "examples" / "my_variant.py"
+    result = run_rl(algorithm=f"{file}:MINE", objective={"penalty": {"k2": {"beta": 0.1}}}, passes=2)
+    record = (result.directory.path / "objective.txt").read_text()
+    assert "Smooth(width=4.0)" in record and "K2(beta=0.1)" in record and "sha256" in record
+    assert metrics(result)[0]["grad_norm"] > 0 and result.directory.name.startswith("my-variant-")
+
+
+def test_overriding_part_of_a_row_from_words(rows, shared):
+    from tilt.config import gather, parse
+
+    document = gather(
+        [],
+        [
+            f"data={rows}",
+            "data.held_out=0.5",
+            "data.template=text",
+            "model.width=16",
+            "reward.length.high=3",
+            "objective.surrogate.high=0.28",
+            "algorithm=dapo",
+        ],
+    )
+    config = parse(document.values, rl.Config, document.origins)
+    assert config.data.held_out == 0.5 and config.data.source == str(rows)
+    assert rl.resolve(config.algorithm, config.objective)[1].surrogate.high == 0.28
+
+
+# --- base models whose padding is their end --------------------------------------------------------------------------------------
+
+
+def test_a_base_model_whose_padding_is_its_end(run_rl, run_rm, run_sft, tmp_path):
+    start = run_sft(steps=1).checkpoint
+    for name in ("tokenizer_config.json",):
+        settings = json.loads((start / name).read_text())
+        settings["pad_token"] = settings["eos_token"]
+        (start / name).write_text(json.dumps(settings))
+    judge = run_rm(model=str(start)).checkpoint
+    _, words = load(run_rl(algorithm="ppo", model=str(start), reward={"model": str(judge)}).checkpoint)
+    assert words.pad_token_id != words.eos_token_id
+
+
+def test_a_tokenizer_from_elsewhere(run_rl, run_sft, tmp_path):
+    checkpoint = run_sft(steps=1).checkpoint
+    bare, words = tmp_path / "bare", tmp_path / "words"
+    lm, tokenizer = load(checkpoint)
+    tokenizer.save_pretrained(words)
+    save(lm, tokenizer, bare)
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UsageError, match="tokenizer"):
+        run_rl(model=str(bare))
+    assert run_rl(model=str(bare), tokenizer=str(words)).checkpoint.exists()
+
+
+def test_the_end_of_a_multi_stage_pipeline_is_reusable(run_rl, trained):
+    """What rl saved is a policy to start from again."""
+    again = run_rl(model=str(run_rl(model=str(trained[0]), algorithm="ppo", critic="policy").checkpoint))
+    assert (again.checkpoint / "config.json").exists()
+
+
+def test_recorded_values_are_plain():
+    config = rl.Config.model_validate({"model": {}, "data": "x", "reward": [{"function": len, "weight": 2}, "exact"], "measure": max})
+    plainly, held = opening.recorded(config)
+    assert plainly.reward == [{"function": "builtins:len", "weight": 2}, "exact"] and plainly.measure == "builtins:max"
+    assert held == ["reward.0.function", "measure"]
