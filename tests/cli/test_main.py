@@ -248,8 +248,8 @@ def test_overwrite_replaces_a_run_and_keeps_it_when_the_new_one_fails(
 def test_settings_are_listed(ran: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rl", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.split() == ["optimizer.lr", "0.0001", "how", "fast"] for line in lines) and any(
-        line.split() == ["steps", "1", "how", "many"] for line in lines
+    assert any(line.split() == ["optimizer.lr", "0.0001", "how", "fast;", ">", "0"] for line in lines) and any(
+        line.split() == ["steps", "1", "how", "many;", "≥", "1"] for line in lines
     )
 
 

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from tilt.config import Document, gather, hint, parse
 from tilt.errors import UsageError
@@ -133,12 +134,35 @@ def _settings(cls: Any, above: str, stated: Any = None, depth: int = 0) -> Itera
     for name, info in cls.model_fields.items():
         default = info.get_default(call_default_factory=True, validated_data={}) if stated is None else getattr(stated, name)
         inner = default if isinstance(default, Section) else None
-        kind = info.annotation if isinstance(info.annotation, type) and issubclass(info.annotation, Section) else None
-        if (kind or inner) and depth < 3:
-            yield from _settings(kind or type(inner), f"{above}{name}.", inner, depth + 1)
-        else:
+        sections = [kind for kind in _members(info.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
+        recipe = next(
+            (command for command, module in RECIPES.items() for kind in sections if kind.__module__ == f"tilt.recipes.{module}"), None
+        )
+        if recipe is not None:
+            yield (
+                above + name,
+                "null" if default is None else "{}",
+                f"the settings of `tilt {recipe}`; data and model come from above unless given",
+            )
+            continue
+        if (len(sections) != 1 or inner is None) and sections != [info.annotation]:
             shown = "required" if default is PydanticUndefined else _shown(default)
-            yield above + name, shown, info.description or ""
+            yield above + name, shown, "; ".join(part for part in (info.description or "", _accepted(info)) if part)
+        if sections and depth < 3:
+            yield from _settings(sections[0], f"{above}{name}.", inner, depth + 1)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; a plain annotation is its own only member."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _accepted(info: Any) -> str:
+    """The choices or the limits of a setting, in a few words."""
+    choices = [repr(value).strip("'") for kind in _members(info.annotation) if get_origin(kind) is Literal for value in get_args(kind)]
+    signs = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+    limits = [f"{sign} {getattr(rule, name):g}" for rule in info.metadata for name, sign in signs if getattr(rule, name, None) is not None]
+    return ", ".join([*([" | ".join(choices)] if len(choices) > 1 else []), *limits])
 
 
 def _shown(value: Any) -> str:

@@ -19,12 +19,12 @@ class Scratch(Section):
     """A model with random weights, built from a configuration; its tokenizer is trained on the run's own texts."""
 
     kind: Literal["qwen3", "qwen2", "llama", "gpt2", "gemma3", "mistral"] = "qwen3"
-    width: Annotated[int, Field(ge=8)] = 128
+    width: Annotated[int, Field(ge=8, description="numbers a token is held in; the feed-forward layer has 4 times as many")] = 128
     layers: Count = 4
-    heads: Count = 4
-    context: Annotated[int, Field(ge=8)] = 512
-    vocabulary: Annotated[int, Field(ge=270)] = 1024
-    tokenizer: Literal["bpe"] | Path = "bpe"
+    heads: Annotated[int, Field(ge=1, description="attention heads; they divide the width")] = 4
+    context: Annotated[int, Field(ge=8, description="most tokens of prompt and answer together")] = 512
+    vocabulary: Annotated[int, Field(ge=270, description="tokens of a tokenizer that is trained on the run's texts")] = 1024
+    tokenizer: Annotated[Literal["bpe"] | Path, Field(description="bpe = trained on the run's texts; or a tokenizer's folder")] = "bpe"
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Scratch:
@@ -37,20 +37,20 @@ class Lora(Section):
     """Low-rank adapters (arXiv 2106.09685): the base stays as it is, and with the adapter off it is the reference."""
 
     rank: Count = 16
-    alpha: Positive = 32.0
-    targets: str | tuple[str, ...] = "all-linear"
+    alpha: Annotated[float, Field(gt=0.0, description="the update is scaled by alpha / rank")] = 32.0
+    targets: Annotated[str | tuple[str, ...], Field(description="names of the layers that get adapters, or all-linear")] = "all-linear"
 
 
 class Optimizer(Section):
     """AdamW, its schedule and its gradient clipping."""
 
-    lr: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-3
+    lr: Annotated[float, Field(gt=0.0, le=1.0, description="learning rate after the warm-up")] = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: Annotated[int, Field(ge=0)] = 0
-    final: Share = 0.0
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    clip_norm: Annotated[float, Field(ge=0.0)] = 1.0
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    warmup: Annotated[int, Field(ge=0, description="optimizer steps over which the learning rate rises from 0")] = 0
+    final: Annotated[float, Field(ge=0.0, lt=1.0, description="share of lr that is left at the end of a linear or cosine schedule")] = 0.0
+    weight_decay: Annotated[float, Field(ge=0.0, description="decoupled, on matrices only")] = 0.0
+    clip_norm: Annotated[float, Field(ge=0.0, description="greatest global norm of the gradient; 0 = no clipping")] = 1.0
+    betas: Annotated[tuple[Share, Share], Field(description="decay of the two averages of Adam")] = (0.9, 0.95)
 
     def settings(self) -> AdamW:
         return AdamW(self.lr, self.betas, 1e-8, self.weight_decay, self.warmup, self.schedule, self.final, self.clip_norm)
@@ -59,16 +59,20 @@ class Optimizer(Section):
 class Data(Section):
     """Where rows come from, how they are split, and how they become tokens."""
 
-    source: str
-    columns: dict[str, str] = {}
+    source: Annotated[str, Field(description="a file, a folder, a public set's name, or hf:org/name[:config][@split]")]
+    columns: Annotated[dict[str, str], Field(description="{name that Tilt reads: column of the data}")] = {}
     eval: Annotated[str | None, Field(description="rows to evaluate on; without it a share of `source` is held out")] = None
     held_out: Annotated[Share, Field(description="share of the prompts kept for evaluation, by the hash of the prompt")] = 0.1
     half: Annotated[
         Literal["all", "first", "second"], Field(description="train on all training prompts, or on one of two disjoint halves")
     ] = "all"
-    template: Annotated[str, Field(description="how prompts are written: auto, plain, chat, or the name of a bundled template")] = "auto"
-    train_on: Literal["completion", "assistant", "all"] = "completion"
-    max_prompt_tokens: Count = 256
+    template: Annotated[
+        str, Field(description="auto = the tokenizer's own, else none; text = none; tilt, chatml, plain = a bundled one; or Jinja text")
+    ] = "auto"
+    train_on: Annotated[
+        Literal["completion", "assistant", "all"], Field(description="the last answer, every turn of the assistant, or every token")
+    ] = "completion"
+    max_prompt_tokens: Annotated[int, Field(ge=1, description="longest prompt")] = 256
     max_tokens: Annotated[int, Field(ge=1, description="longest given answer")] = 256
     over_length: Annotated[
         Literal["drop", "truncate"], Field(description="what happens to longer rows; either is counted and reported")
@@ -84,8 +88,8 @@ class Evaluation(Section):
     """When and how the policy is measured on held-out prompts, on randomness of its own."""
 
     every: Annotated[int, Field(ge=0, description="steps between evaluations; 0 = before and after only")] = 0
-    prompts: Count = 128
-    samples: Count = 1
+    prompts: Annotated[int, Field(ge=1, description="most held-out prompts to ask")] = 128
+    samples: Annotated[int, Field(ge=1, description="answers to each")] = 1
     temperature: Annotated[float, Field(ge=0.0, description="0 = greedy")] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -95,10 +99,10 @@ class Sampling(Section):
     """How training answers are sampled. Only the temperature may be changed: a truncated distribution cannot be scored again."""
 
     temperature: Positive = 1.0
-    max_tokens: Count = 64
-    stop_strings: tuple[str, ...] = ()
-    top_k: Annotated[int, Field(ge=0)] = 0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_tokens: Annotated[int, Field(ge=1, description="longest answer")] = 64
+    stop_strings: Annotated[tuple[str, ...], Field(description="texts that end an answer, besides the end token")] = ()
+    top_k: Annotated[int, Field(ge=0, description="0; only evaluations may truncate")] = 0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0, description="1; only evaluations may truncate")] = 1.0
     slots: Annotated[int, Field(ge=1, description="answers decoded side by side")] = 512
 
     @model_validator(mode="after")
@@ -114,24 +118,24 @@ class Run(Section):
     """Where a run lies and how it computes."""
 
     name: Annotated[str | None, Field(description="folder under `root`; without it one is chosen")] = None
-    root: Path = Path("runs")
-    seed: Annotated[int, Field(ge=0)] = 0
-    log_every: Count = 10
+    root: Annotated[Path, Field(description="folder that holds the runs")] = Path("runs")
+    seed: Annotated[int, Field(ge=0, description="of weights, order and sampling")] = 0
+    log_every: Annotated[int, Field(ge=1, description="steps between lines where the output is no terminal")] = 10
     threads: Annotated[int, Field(ge=0, description="CPU threads; 0 = all cores")] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Field(description="of the computation; auto = bfloat16 on a GPU, float32 on a CPU; weights of the policy stay float32"),
     ] = "auto"
-    quiet: bool = False
+    quiet: Annotated[bool, Field(description="nothing on the terminal; the files are complete")] = False
 
 
 class Training(Run):
     """A run that trains one model on one set of data."""
 
-    model: str | Scratch
+    model: Annotated[str | Scratch, Field(description="a checkpoint's folder or a hub name; or a mapping, for a model from scratch")]
     data: Data
     tokenizer: Annotated[str | None, Field(description="tokenizer folder or name, where the model brings none")] = None
-    lora: Lora | None = None
+    lora: Annotated[Lora | None, Field(description="a mapping (even {}) trains adapters instead of all weights")] = None
     micro_tokens: Annotated[int, Field(ge=16, description="most tokens in one forward pass")] = 16384
     save: Annotated[bool, Field(description="write the trained model to checkpoints/")] = True
