@@ -19,6 +19,7 @@ from tilt.objectives import ALGORITHMS, GLOSSARY
 from tilt.recipes import opening, rl
 from tilt.runs import rollout_store
 
+
 def variety(completions: list[str], **columns: object) -> list[float]:
     return [float(len(set(text))) for text in completions]
 

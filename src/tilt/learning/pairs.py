@@ -60,7 +60,7 @@ def score_pairs(
     found = torch.zeros(2 * len(pairs))
     with torch.no_grad(), autocast():
         for part in batch.split(micro_tokens):
-            found[part] = score(batch.take(part).to(device))[0].float().cpu()
+            found[part] = score(batch.take(part).to(device))[0].cpu().to(found)
     return found[0::2], found[1::2]
 
 
