@@ -35,7 +35,7 @@ def test_a_row_learns_to_echo(name, shared, tmp_path, metrics):
         shared
         | {
             "algorithm": name, "model": {"width": 32, "layers": 2, "heads": 2, "context": 8, "tokenizer": str(tmp_path / "words")},
-            "data": {"source": str(rows), "template": "text", "held_out": 0.1}, "reward": echo, "steps": 45, "prompts": 24, "samples": 8,
+            "data": {"source": str(rows), "template": "text", "held_out": 0.1}, "reward": echo, "steps": 80, "prompts": 24, "samples": 8,
             "sampling": {"max_tokens": 1}, "optimizer": {"lr": 5e-3, "warmup": 3, "schedule": "linear"}, "eval": {"samples": 8}, "rollouts_every": 0, "save": False,
         }
         | SETTINGS[name]
