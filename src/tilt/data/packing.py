@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -115,48 +116,43 @@ def pack(rollouts: Sequence[Rollout]) -> Pack:
     for i, rollout in enumerate(rollouts):
         groups.setdefault((rollout.prompt.id, rollout.prompt.tokens), []).append(i)
 
-    tokens: list[int] = []
-    start, length, parent = [], [], []
-    positions: list[np.ndarray] = []
-    own = [0] * len(rollouts)
-    group_of = [0] * len(rollouts)
-
-    def segment(run: tuple[int, ...], above: int, first: int) -> int:
-        start.append(len(tokens))
-        length.append(len(run))
-        parent.append(above)
-        tokens.extend(run)
-        positions.append(np.arange(first, first + len(run)))
-        return len(start) - 1
-
+    runs: list[tuple[int, ...]] = []
+    parent: list[int] = []
+    own, group_of = np.zeros(len(rollouts), dtype=np.int64), np.zeros(len(rollouts), dtype=np.int64)
     for number, ((_, prompt), members) in enumerate(groups.items()):
-        root = segment(prompt, -1, 0) if prompt else -1
-        for i in members:
-            own[i] = segment(rollouts[i].tokens, root, len(prompt))
-            group_of[i] = number
+        root = len(runs) if prompt else -1
+        if prompt:
+            runs.append(prompt)
+            parent.append(-1)
+        own[members] = np.arange(len(runs), len(runs) + len(members))
+        group_of[members] = number
+        runs.extend(rollouts[i].tokens for i in members)
+        parent.extend([root] * len(members))
 
-    predictors, counts, sampler = [], [], []
-    for i, rollout in enumerate(rollouts):
-        chosen = np.flatnonzero(np.asarray(rollout.sampled, dtype=bool))
-        first, above = start[own[i]], parent[own[i]]
-        before = first + chosen - 1
-        if len(chosen) and chosen[0] == 0:
-            assert above >= 0, "the first token of a text without a prompt has no predictor, so it cannot be an action"
-            before[0] = start[above] + length[above] - 1
-        assert len(chosen), "every sequence needs at least one action"
-        predictors.append(before)
-        counts.append(len(chosen))
-        sampler.append(np.asarray(rollout.logprobs, dtype=np.float64)[chosen])
-    starts = np.asarray(start, dtype=np.int64)
-    picked = [starts[own[i]] + np.flatnonzero(np.asarray(r.sampled, dtype=bool)) for i, r in enumerate(rollouts)]
-    row = torch.tensor(tokens, dtype=torch.long)
+    length, above = np.fromiter(map(len, runs), dtype=np.int64, count=len(runs)), np.array(parent, dtype=np.int64)
+    start = length.cumsum() - length
+    before = np.where(above >= 0, length[above], 0)  # tokens of the prompt, before the first of a run
+    row = torch.from_numpy(np.fromiter(chain.from_iterable(runs), dtype=np.int64, count=int(length.sum())))
+    positions = np.arange(len(row)) - np.repeat(start - before, length)
+
+    own_length = length[own]
+    flags = np.fromiter(chain.from_iterable(r.sampled for r in rollouts), dtype=bool, count=int(own_length.sum()))
+    logprobs = np.fromiter(chain.from_iterable(r.logprobs for r in rollouts), dtype=np.float64, count=len(flags))
+    chosen = np.flatnonzero(flags)
+    owner = np.repeat(np.arange(len(rollouts)), own_length)[chosen]
+    place = chosen - (own_length.cumsum() - own_length)[owner]
+    counts = np.bincount(owner, minlength=len(rollouts))
+    assert counts.all(), "every sequence needs at least one action"
+    picked, head = start[own][owner] + place, above[own][owner]
+    assert (head[place == 0] >= 0).all(), "the first token of a text without a prompt has no predictor, so it cannot be an action"
+    predictors = np.where(place == 0, start[head] + length[head] - 1, picked - 1)
     return Pack(
         tokens=row,
-        positions=torch.from_numpy(np.concatenate(positions).astype(np.int64)),
-        segments=Segments(torch.from_numpy(starts), torch.tensor(length), torch.tensor(parent)),
-        predictors=torch.from_numpy(np.concatenate(predictors).astype(np.int64)),
-        actions=row[torch.from_numpy(np.concatenate(picked).astype(np.int64))],
-        layout=Layout.of(counts, group_of),
-        own=torch.tensor(own),
-        sampler=torch.from_numpy(np.concatenate(sampler)).to(torch.get_default_dtype()),
+        positions=torch.from_numpy(positions),
+        segments=Segments(torch.from_numpy(start), torch.from_numpy(length), torch.from_numpy(above)),
+        predictors=torch.from_numpy(predictors),
+        actions=row[torch.from_numpy(picked)],
+        layout=Layout.of(torch.from_numpy(counts), torch.from_numpy(group_of)),
+        own=torch.from_numpy(own),
+        sampler=torch.from_numpy(logprobs[chosen]).to(torch.get_default_dtype()),
     )
