@@ -154,6 +154,13 @@ def test_a_slot_of_a_row_is_changed_from_the_command_line(place: Path) -> None:
     assert ALGORITHMS["grpo"].surrogate.high == 0.2  # type: ignore[attr-defined]
 
 
+def test_evaluating_more_often_changes_nothing(place: Path) -> None:
+    for name, every in (("seldom", 0), ("often", 1)):
+        assert main(["ppo", *RL, f"eval.every={every}", f"rollouts_every={every}", f"name={name}", "--quiet"]) == 0
+    seldom, often = ([{k: v for k, v in row.items() if not k.startswith("eval/")} for row in numbers(place / "runs" / name)] for name in ("seldom", "often"))  # fmt: skip
+    assert seldom == often and any("eval/reward" in row for row in numbers(place / "runs/often")[1:2])
+
+
 # ------------------------------------------------------------------------------------------------ looking at runs
 
 
@@ -162,6 +169,11 @@ def test_runs_are_listed_and_asked(place: Path, capsys: pytest.CaptureFixture[st
     found = {run["name"]: run for run in json.loads(capsys.readouterr().out)}
     assert (found["base"]["status"], found["base"]["recipe"], found["base"]["step"]) == ("finished", "sft", 2)
     assert main(["runs"]) == 0 and "base" in capsys.readouterr().out
+    assert main(["sft", "model=runs/base", "data=sft.jsonl"]) == 2
+    assert "this is the directory of a run" in (said := capsys.readouterr().err) and "runs/base/checkpoints/step_000002" in said
+    assert main(["rm", *BASE, "data.source=pairs.jsonl", "steps=1", "save=false", "name=named", "--quiet"]) == 0
+    assert main(["runs", "--json"]) == 0
+    assert {run["name"]: run["model"] for run in json.loads(capsys.readouterr().out)}["named"] == "base"
     assert main(["generate", "runs/base", "--prompt", "say red 1", "--max-tokens", "4", "-n", "2", "--json"]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(answers) == 2 and all(1 <= answer["tokens"] <= 4 for answer in answers)

@@ -161,6 +161,8 @@ def located(model: str | Path) -> str:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
+            if saved := sorted(path.glob("checkpoints/step_*"), key=lambda folder: (len(folder.name), folder.name)):
+                raise UsageError(f"model {path}: this is the directory of a run.\nName one of its checkpoints; the last is {saved[-1]}")
             raise UsageError(
                 f"model {path}: the folder has no config.json.\nGive a folder written by save_pretrained, with config.json, weights and tokenizer."
             )

@@ -91,6 +91,8 @@ def _alive(process: Any) -> bool:
 
 
 def _model(model: Any) -> str:
+    """A short name: the folder's, the run's whose checkpoint it is (`runs/sft/checkpoints/step_000090` → `sft`), or the shape of a model from scratch."""
     if isinstance(model, dict):
         return "-".join(str(model[key]) for key in ("kind", "layers", "width") if key in model) or "from scratch"
-    return str(model).rstrip("/").rpartition("/")[2] if model else "?"
+    parts = str(model).rstrip("/").split("/") if model else ["?"]
+    return parts[-3] if len(parts) > 2 and parts[-2] == "checkpoints" else parts[-1]
