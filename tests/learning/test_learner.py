@@ -235,3 +235,17 @@ def test_unscored_answers_reach_neither_loss_nor_gradient(make, gradients, batch
         given = torch.where(scored, total, junk)
         found.append(gradients(make(), batch, Rewards.of(given, scored=scored, actions=batch.layout.actions), ALGORITHMS["grpo"])[0][0])
     assert torch.equal(*found)
+
+
+def test_channels_keep_the_first_visit_and_the_last(make, batch, rewards):
+    learner, row = make(Passes(3)), ALGORITHMS["dapo"]
+    with torch.no_grad():
+        before = learner.policy(batch).logprobs
+    signals = learner.evaluate(batch, row.needs)
+    channels = learner.update(batch, row.prepare(rewards, signals, batch.layout), row, watch=True).channels
+    seen = ~channels["new"].isnan()
+    assert torch.allclose(channels["first"][seen], before[seen], atol=1e-12) and not torch.allclose(
+        channels["new"][seen], before[seen], atol=1e-6
+    )
+    assert torch.allclose(channels["ratio"][seen], (channels["new"] - before).exp()[seen], atol=1e-9)
+    assert set(learner.update(batch, row.prepare(rewards, signals, batch.layout), row).channels) == {"first"}

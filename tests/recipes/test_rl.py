@@ -169,7 +169,15 @@ def trained(run_sft, run_rm):
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"lora": LORA}, {"critic": "shared"}, {"critic": "policy"}, {"critic": "reward_model", "critic_warmup": 1}]
+    "extra",
+    [
+        {},
+        {"lora": LORA},
+        {"critic": "shared"},
+        {"critic": "shared", "lora": LORA},
+        {"critic": "policy"},
+        {"critic": "reward_model", "critic_warmup": 1},
+    ],
 )
 def test_four_models(run_rl, metrics, trained, extra):
     policy, judge = trained
@@ -384,6 +392,24 @@ def test_a_tokenizer_from_elsewhere(run_rl, run_sft, tmp_path):
     with pytest.raises(UsageError, match="tokenizer"):
         run_rl(model=str(bare))
     assert run_rl(model=str(bare), tokenizer=str(words)).checkpoint.exists()
+
+
+def test_the_critic_has_a_learning_rate_of_its_own(run_rl, metrics):
+    """After one step of AdamW weights have moved by at most their rate."""
+    start = rl.Critic.from_policy
+    made = []
+
+    class Watched(rl.Critic):
+        @staticmethod
+        def from_policy(policy):
+            made.append((policy, start(policy)))
+            return made[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl, "Critic", Watched)
+        run_rl(algorithm="ppo", steps=1, optimizer={"lr": 1e-4}, critic_lr=1e-2)
+    (_, critic), *more = made
+    assert not more and 5e-3 < float(critic.head.weight.abs().max()) <= 1.01e-2
 
 
 def test_the_end_of_a_multi_stage_pipeline_is_reusable(run_rl, trained):
