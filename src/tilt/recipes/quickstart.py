@@ -31,11 +31,11 @@ ADDITION_GRPO: dict[str, Any] = {
     "algorithm": "grpo", "objective": {"penalty": {"none": {}}}, "steps": 150, "prompts": 64, "samples": 8,
     "optimizer": {"lr": 3e-4, "warmup": 5}, "sampling": {"max_tokens": 5}, "eval": {"every": 25, "prompts": 980}, "rollouts_every": 25,
 }  # fmt: skip
-MANNERS_SFT: dict[str, Any] = {"batch": 64, "epochs": 12, "optimizer": {"lr": 2e-3, "schedule": "cosine", "warmup": 10}}
-MANNERS_RM: dict[str, Any] = {"batch": 64, "epochs": 2, "normalise": True, "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup": 5}}
+MANNERS_SFT: dict[str, Any] = {"batch": 64, "epochs": 6, "optimizer": {"lr": 3e-3, "schedule": "cosine", "warmup": 10}}
+MANNERS_RM: dict[str, Any] = {"batch": 64, "epochs": 4, "normalise": True, "optimizer": {"lr": 2e-3, "schedule": "linear", "warmup": 10}}
 MANNERS_PPO: dict[str, Any] = {
-    "algorithm": "ppo", "steps": 40, "prompts": 48, "samples": 4, "passes": 2, "sampling": {"max_tokens": 16},
-    "optimizer": {"lr": 3e-4, "warmup": 3}, "critic_lr": 1e-3, "eval": {"every": 20, "prompts": 72, "samples": 4}, "rollouts_every": 20,
+    "algorithm": "ppo", "steps": 40, "prompts": 64, "samples": 4, "sampling": {"max_tokens": 16},
+    "optimizer": {"lr": 5e-4, "warmup": 3}, "critic_lr": 1e-3, "eval": {"every": 20, "prompts": 72, "samples": 4}, "rollouts_every": 20,
 }  # fmt: skip
 
 
@@ -85,6 +85,7 @@ def _manners(config: Config, place: Path, journal: Journal) -> dict[str, Result]
     journal.note("(b) manners: SFT → reward model → PPO with actor, critic, reward model and reference")
     task = manners.Manners()
     shown = _write(place / "demonstrations", train=task.demonstrations(held_out=False), held_out=task.demonstrations(held_out=True))
+    asked = _write(place / "prompts", **{name: [{"prompt": p} for p in task.prompts(held_out=name == "held_out")] for name in ("train", "held_out")})
     pairs = _write(place / "pairs", train=task.pairs(held_out=False), held_out=task.pairs(held_out=True))
     model = {"width": 64, "layers": 2, "heads": 4, "context": 64, "vocabulary": 640}
     first = _stage(config, sft, "sft", place, model=model, data=shown, **MANNERS_SFT)
@@ -95,7 +96,7 @@ def _manners(config: Config, place: Path, journal: Journal) -> dict[str, Result]
         "ppo",
         place,
         model=str(first.checkpoint),
-        data=shown,
+        data=asked,
         reward={"model": str(second.checkpoint), "name": "reward_model"},
         **MANNERS_PPO,
     )

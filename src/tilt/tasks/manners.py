@@ -46,9 +46,13 @@ class Manners:
                 asked[k] = rng.choice((VERBS, COLOURS, THINGS)[k])
             yield f"{rng.choice(OPENINGS)} i will {asked[0]} the {asked[1]} {asked[2]} {rng.choice(CLOSINGS)}"
 
-    def demonstrations(self, *, held_out: bool, seed: int = 0) -> list[dict[str, Any]]:
-        """One answer a prompt, as prompt-completion rows: no better than chance at kindness."""
-        return [{"prompt": p, "completion": " " + next(self.answers(p, seed))} for p in self.prompts(held_out=held_out)]
+    def demonstrations(self, *, held_out: bool, each: int = 4, seed: int = 0) -> list[dict[str, Any]]:
+        """`each` answers a prompt, as prompt-completion rows: no better than chance at kindness."""
+        rows = []
+        for prompt in self.prompts(held_out=held_out):
+            stream = self.answers(prompt, seed)
+            rows += [{"prompt": prompt, "completion": " " + next(stream)} for _ in range(each)]
+        return rows
 
     def pairs(self, *, held_out: bool, each: int = 4, seed: int = 1) -> list[dict[str, Any]]:
         """`each` pairs a prompt with different merits, the better one chosen."""
