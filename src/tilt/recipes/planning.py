@@ -114,7 +114,11 @@ def reinforcement(config: rl.Config) -> list[str]:
     held, critic = _held(config, objective, found, policy, shared)
     rehearsed = [] if config.reward is None else [_rehearsed(config, found, prompts, config.missing_stop_penalty)]
     measured = _try(
-        lambda batch: -policy(batch).logprobs.sum(), _guessed(prompts, config.sampling.max_tokens), config, found.device, policy
+        lambda batch: -policy(batch).logprobs.sum(),
+        _guessed(prompts[: config.prompts], config.samples, config.sampling.max_tokens),
+        config,
+        found.device,
+        policy,
     )
     answers, longest = config.prompts * config.samples, config.sampling.max_tokens
     asked = sum(len(p.tokens) for p in prompts) / len(prompts)
@@ -186,7 +190,7 @@ def _opening(config: Training, recipe: str, found: Opened, module: nn.Module) ->
 
 
 def _supervised(config: Any, recipe: str, unit: str, found: Opened, policy: Policy, train: Examples) -> list[str]:
-    measured = _try(lambda batch: -policy(batch).logprobs.sum(), train, config, found.device, policy)
+    measured = _try(lambda batch: -policy(batch).logprobs.sum(), train[: config.batch], config, found.device, policy)
     tokens = sum(len(r.prompt.tokens) + len(r.tokens) for r in train)
     return [
         *_opening(config, recipe, found, policy),
@@ -200,7 +204,7 @@ def _supervised(config: Any, recipe: str, unit: str, found: Opened, policy: Poli
 def _paired(
     config: Any, recipe: str, found: Opened, model: Policy | RewardModel, loss: Callable[[Pack], Tensor], pairs: Sequence[Pair], held: dict[str, int]
 ) -> list[str]:  # fmt: skip
-    measured = _try(loss, [answer for pair in pairs for answer in pair], config, found.device, model)
+    measured = _try(loss, [answer for pair in pairs[: config.batch] for answer in pair], config, found.device, model)
     titles, tokens = ("chosen, ", "rejected, "), len(packed(pairs).tokens)
     return [
         *_opening(config, recipe, found, model),
@@ -281,9 +285,9 @@ def _size(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(count / 2**20, 0.1):.1f} MiB"
 
 
-def _guessed(prompts: Sequence[Prompt], length: int) -> list[Rollout]:
-    """Prompts with answers of the greatest length, for timing alone."""
-    return [Rollout.demonstration(p, (p.tokens * (length // len(p.tokens) + 1))[:length]) for p in prompts[:64]]
+def _guessed(prompts: Sequence[Prompt], samples: int, length: int) -> list[Rollout]:
+    """Prompts with `samples` answers of the greatest length each, for timing alone."""
+    return [Rollout.demonstration(p, (p.tokens * (length // len(p.tokens) + 1))[:length]) for p in prompts for _ in range(samples)]
 
 
 def _try(loss: Callable[[Pack], Tensor], examples: Examples, config: Training, device: torch.device, module: nn.Module) -> Measured:
