@@ -262,6 +262,9 @@ def test_bfloat16_on_a_processor(run_rl, metrics, name):
         ({"minibatches": 17}, "more than the 16 answers"),
         ({"algorithm": "ppo", "critic": "shared", "critic_warmup": 1}, "critic shared has no weights of its own"),
         ({"critic_warmup": 2}, "leaves no step"),
+        ({"reward": "nowhere.py:score"}, "there is no reward file"),
+        ({"reward": [{"lenth": 3}, {"exact": {}, "weight": "much"}]}, "(?s)unknown key.*lenth.*expected a finite number"),
+        ({"measure": "exact:3"}, "does not name a reward function"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(run_rl, settings, words):

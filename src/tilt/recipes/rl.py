@@ -30,7 +30,7 @@ from tilt.recipes.finishing import Result, keeping, saved, write_policy
 from tilt.recipes.rehearsal import rehearse
 from tilt.recipes.reporting import Clock, keep_rollouts, measures
 from tilt.recipes.scoring import Scoring, scoring
-from tilt.recipes.settings import Count, Evaluation, Sampling, Training
+from tilt.recipes.settings import Count, Evaluation, Reward, Sampling, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.trying import Trial, sampling_of
 from tilt.recipes.variants import origin, resolve
@@ -59,8 +59,8 @@ class Config(Training):
 
     algorithm: Annotated[str, Field(description="a name of `tilt algorithms`, or file.py:NAME")] = "grpo"
     objective: Annotated[dict[str, Any], Field(description="slots of the row to change, such as {surrogate: {high: 0.28}}")] = {}
-    reward: Annotated[Any, Field(description="file.py:function, a rule, a reward model, or a weighted list of them")]
-    measure: Annotated[Any, Field(description="further rewards that are measured on held-out answers and never trained on")] = None
+    reward: Annotated[Reward, Field(description="file.py:function, a rule, a reward model, or a weighted list of them")]
+    measure: Annotated[Reward, Field(description="further rewards that are measured on held-out answers and never trained on")] = None
     missing_stop_penalty: Annotated[float, Field(ge=0.0, description="taken from the reward of an answer that was cut at max_tokens")] = 0.0
     reference: Annotated[str | None, Field(description="the KL anchor; without it the policy as it starts")] = None
     critic: Annotated[
@@ -170,7 +170,8 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
             break
     last = parts.trial()
     journal.step(step + 1, {f"eval/{name}": value for name, value in last.metrics.items()})
-    journal.note(f"skipped    {skipped} of {step + 1} batches: nothing in them could move the weights (every group earned the same)")
+    why = ": nothing in them could move the weights (every group earned the same)" if skipped else ""
+    journal.note(f"skipped    {skipped} of {step + 1} batches{why}")
     return first, last, step + 1
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tilt.config import Section
+from tilt.errors import UsageError
 from tilt.optim.optimizers import AdamW
+from tilt.rewards.spec import check_files, parse
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -82,6 +84,19 @@ class Data(Section):
     @classmethod
     def _name_alone(cls, given: object) -> object:
         return {"source": given} if isinstance(given, str | Path) else given
+
+
+def _readable(reward: Any) -> Any:
+    """A reward that can be had: every part of it parses, and the files that it names are there."""
+    try:
+        if reward is not None:
+            check_files(parse(reward))
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+    return reward
+
+
+Reward = Annotated[Any, AfterValidator(_readable)]
 
 
 class Evaluation(Section):

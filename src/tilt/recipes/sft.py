@@ -19,7 +19,7 @@ from tilt.recipes import opening, planning
 from tilt.recipes.finishing import Result, saved
 from tilt.recipes.imitation import imitate
 from tilt.recipes.scoring import Scoring, scoring
-from tilt.recipes.settings import Evaluation, Sampling, Training
+from tilt.recipes.settings import Evaluation, Reward, Sampling, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.trying import Trial, sampling_of
 
@@ -36,7 +36,7 @@ class Config(Training):
         Literal["token", "sequence"], Field(description="mean over tokens of the batch, or over sequences of their token means")
     ] = "token"
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3, schedule="cosine", warmup=10)
-    reward: Annotated[Any, Field(description="score sampled answers to held-out prompts with this reward while training")] = None
+    reward: Annotated[Reward, Field(description="score sampled answers to held-out prompts with this reward while training")] = None
     sampling: Sampling = Sampling()
     eval: Evaluation = Evaluation()
     stop_at: Annotated[float | None, Field(description="stop at the first evaluation whose mean reward reaches this")] = None
