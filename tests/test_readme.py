@@ -65,7 +65,7 @@ def test_the_python_example_does_what_the_command_line_does(
     monkeypatch.chdir(tmp_path)
     tiny = {
         '"rasbt-instruct"': '"rows.jsonl"', '"width": 128, "layers": 2, "context": 512': '"width": 32, "layers": 1, "context": 64, "vocabulary": 300',
-        "epochs=5": "steps=2", "steps=50, prompts=16, samples=8": "steps=2, prompts=4, samples=2, threads=1", '"max_tokens": 64': '"max_tokens": 5',
+        "epochs=5": "steps=2", "steps=50": "threads=1, steps=2", "prompts=16": "prompts=4", "samples=8": "samples=2", '"max_tokens": 64': '"max_tokens": 5',
     }  # fmt: skip
     found: dict[str, object] = {}
     exec(compile(smaller(code, tiny), "README.md", "exec"), found)

@@ -167,5 +167,11 @@ def _report(rows: list[list[str]], final: Result) -> str:
 
 def plan(config: Config) -> list[str]:
     """What every stage would read, hold and take, in lines; nothing is trained or written."""
-    plans = {"pretrain": pretrain.plan, "sft": sft.plan, "reward_model": reward_model.plan, "judge": reward_model.plan, "rl": rl.plan}
+    plans: dict[str, Callable[[Any], list[str]]] = {
+        "pretrain": pretrain.plan,
+        "sft": sft.plan,
+        "reward_model": reward_model.plan,
+        "judge": reward_model.plan,
+        "rl": rl.plan,
+    }
     return planning.pipeline(config, plans, PENDING)
