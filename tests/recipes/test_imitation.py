@@ -29,7 +29,7 @@ def test_sft_lowers_the_held_out_likelihood_and_reports_how_answers_end(run_sft,
 
 
 def test_ends_counts_the_likeliest_token_after_an_answer():
-    """By hand on a model whose next token is its last token plus one: of 1 2 3, 7 8 3 and 1 2 (cut), stop id 3, one of two ends."""
+    """By hand on a model whose next token is its last token plus one: of 1 2 3, 7 8 3, 1 2 (cut) and 7 8 4 (cut), stop id 3, one of two ends."""
     lm = tiny("gpt2", vocabulary=10, width=16, layers=1, heads=2, context=16)
 
     class Counting(Policy):
@@ -39,13 +39,13 @@ def test_ends_counts_the_likeliest_token_after_an_answer():
         def head(self, hidden):
             return hidden[:, :10]
 
-    given = [Rollout.demonstration(Prompt((0,), i), answer) for i, answer in enumerate([(1, 2, 3), (7, 8, 3), (1, 2)])]
+    given = [Rollout.demonstration(Prompt((0,), i), answer) for i, answer in enumerate([(1, 2, 3), (7, 8, 3), (1, 2), (7, 8, 4)])]
     found = likelihood(Counting(lm), given, 100, stop_ids=(3, 9))
     assert found["ends"] == 1.0  # after 7 8 the likeliest is 9, another stop token
     assert likelihood(Counting(lm), given, 100, stop_ids=(3,))["ends"] == 0.5
     assert likelihood(Counting(lm), given, 2, stop_ids=(3,))["ends"] == 0.5
     assert "ends" not in likelihood(Counting(lm), given, 100)
-    assert found["nll"] == pytest.approx(2 * 20 / 8, abs=1e-3)  # 2 of 8 tokens were not predicted, at 20 nats each
+    assert found["nll"] == pytest.approx(4 * 20 / 11, abs=1e-3)  # 4 of 11 tokens were not predicted, at 20 nats each
 
 
 def test_a_run_stops_at_the_first_evaluation_that_is_good_enough(run_sft):

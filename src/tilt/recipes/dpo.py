@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -17,7 +17,6 @@ from tilt.config import build_piece
 from tilt.data.streams import Stream
 from tilt.learning.pairs import Pair, likelihoods, packed, score_pairs, update_pairs
 from tilt.models import compat
-from tilt.models.adapters import adapter_off
 from tilt.models.policy import Policy
 from tilt.models.saving import save
 from tilt.objectives import PIECES, PREFERENCES, Pairs, Preference
@@ -103,9 +102,8 @@ def run(config: Config) -> Result:
 
 
 def _anchor(config: Config, policy: Policy, other: Policy | None, pairs: Sequence[Pair], precision: Precision) -> tuple[Tensor, Tensor]:
-    """Log-probabilities under the reference: another model, the adapter off, or the policy before its first step. They never change, so they are computed once."""
-    with adapter_off(policy.lm) if other is None and config.lora is not None else nullcontext():
-        return score_pairs(likelihoods(other or policy), pairs, config.micro_tokens, compat.device_of(policy), precision)
+    """Log-probabilities under the reference: another model, or the policy before its first step. They never change, so they are computed once."""
+    return score_pairs(likelihoods(other or policy), pairs, config.micro_tokens, compat.device_of(policy), precision)
 
 
 def measure(

@@ -79,7 +79,10 @@ class Config(Training):
     sampling: Sampling = Sampling()
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4)
     eval: Evaluation = Evaluation()
-    max_kl: Annotated[float | None, Field(gt=0.0, description="stop before the sequence KL to the reference passes this, nats")] = None
+    max_kl: Annotated[
+        float | None,
+        Field(gt=0.0, description="stop after the first step whose answers have a sequence KL to the reference above this, nats"),
+    ] = None
     max_mismatch: Annotated[
         float,
         Field(
