@@ -117,7 +117,7 @@ class Curiosity:
 def test_a_row_of_ones_own_that_moves_at_advantage_zero_loses_no_sequence(make, gradients, batch, rewards, changed):
     row = replace(ALGORITHMS["dapo"], **changed)
     found, report, _ = gradients(make(), batch, replace(rewards, total=torch.ones(12)), row)
-    assert not report.skipped and report.trained.all() and float(found[0].abs().max()) > 1e-6
+    assert not report.skipped and torch.equal(report.trained, rewards.scored) and float(found[0].abs().max()) > 1e-6
 
 
 def test_a_shared_critic_gives_values_and_learns(make, gradients, batch, rewards):
@@ -235,6 +235,14 @@ def test_unscored_answers_reach_neither_loss_nor_gradient(make, gradients, batch
         given = torch.where(scored, total, junk)
         found.append(gradients(make(), batch, Rewards.of(given, scored=scored, actions=batch.layout.actions), ALGORITHMS["grpo"])[0][0])
     assert torch.equal(*found)
+
+
+def test_a_batch_that_nobody_scored_moves_nothing(make, batch):
+    """Not even what Adam remembers of earlier steps."""
+    learner, row = make(), ALGORITHMS["grpo"]
+    none = Rewards.of(torch.ones(12), scored=torch.zeros(12, dtype=torch.bool), actions=batch.layout.actions)
+    report = learner.update(batch, row.prepare(none, learner.evaluate(batch, row.needs), batch.layout), row)
+    assert report.skipped and "grad_norm" not in report.metrics and learner.version == 0
 
 
 def test_channels_keep_the_first_visit_and_the_last(make, batch, rewards):

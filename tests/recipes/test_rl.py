@@ -155,7 +155,14 @@ def test_unscored_answers_are_counted_and_left_out(run_rl, metrics):
 
 def test_nothing_could_be_scored(run_rl, metrics):
     lines = metrics(run_rl(reward=lambda completions, **columns: [None] * len(completions), algorithm="ppo", eval={"prompts": 2}))
-    assert lines[0]["objective/unscored"] == 1.0
+    assert lines[0]["objective/unscored"] == 1.0 and lines[0]["skipped"] == 1.0 and "grad_norm" not in lines[0]
+
+
+def test_a_run_that_its_kl_ends_at_a_step_to_be_saved_is_saved_once(run_rl):
+    result = run_rl(steps=6, save_every=1, max_kl=1e-9, optimizer={"lr": 3e-2})
+    assert "is above max_kl" in result.directory.log.read_text()
+    saved = sorted(folder.name for folder in result.directory.checkpoints.iterdir())
+    assert saved[-1] == result.checkpoint.name and 1 < len(saved) < 6
 
 
 # --- frozen models --------------------------------------------------------------------------------------------------------------

@@ -240,11 +240,10 @@ def share_of(whole: Shareable, sequences: Tensor) -> Shareable:
 
 
 def movable(experience: Experience, objective: Objective) -> Tensor:
-    """Sequences that can move the weights, [S]: with a penalty or a value loss all of them, else those with an advantage other than 0."""
-    layout = experience.layout
-    if not isinstance(objective.penalty, NoPenalty) or objective.value.needs or not _rests(objective):
-        return torch.ones(layout.sequences, dtype=torch.bool)
-    moving = (experience.advantages * experience.weights != 0).to(torch.get_default_dtype())
+    """Sequences that can move the weights, [S]: with a penalty or a value loss all that weigh anything, else those with an advantage other than 0."""
+    layout, restless = experience.layout, not isinstance(objective.penalty, NoPenalty) or objective.value.needs or not _rests(objective)
+    strength = experience.weights if restless else experience.advantages * experience.weights
+    moving = (strength != 0).to(torch.get_default_dtype())
     return torch.zeros(layout.sequences).index_add_(0, layout.sequence, moving) > 0
 
 

@@ -166,11 +166,11 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
             journal.note(f"reward     {scorer.score.report.messages[part]}")
         if watch:
             keep_rollouts(directory, journal, step, rollouts, texts, rewards, experience, objective, report, parts.tokenizer)
-        if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
-            checkpoints.save(directory.checkpoints, step + 1, parts.write)
         if config.max_kl is not None and metrics.get("kl", 0.0) > config.max_kl:
             journal.note(f"stopped at step {step}: the sequence KL {metrics['kl']:.2f} is above max_kl {config.max_kl}")
             break
+        if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
+            checkpoints.save(directory.checkpoints, step + 1, parts.write)
     last = parts.trial()
     journal.step(step + 1, {f"eval/{name}": value for name, value in last.metrics.items()})
     why = ": nothing in them could move the weights (every group earned the same)" if skipped else ""
