@@ -28,11 +28,18 @@ ADDITION_SFT: dict[str, Any] = {
     "sampling": {"max_tokens": 5}, "eval": {"every": 10, "prompts": 512},
 }  # fmt: skip
 ADDITION_GRPO: dict[str, Any] = {
-    "algorithm": "grpo", "objective": {"penalty": {"none": {}}}, "steps": 150, "prompts": 64, "samples": 8,
-    "optimizer": {"lr": 3e-4, "warmup": 5}, "sampling": {"max_tokens": 5}, "eval": {"every": 25, "prompts": 980}, "rollouts_every": 25,
+    "algorithm": "grpo", "objective": {"penalty": {"none": {}}}, "steps": 200, "prompts": 64, "samples": 8,
+    "optimizer": {"lr": 5e-4, "warmup": 5, "schedule": "linear", "final": 0.05}, "sampling": {"max_tokens": 5},
+    "eval": {"every": 40, "prompts": 980}, "rollouts_every": 50,
 }  # fmt: skip
 MANNERS_SFT: dict[str, Any] = {"batch": 64, "epochs": 6, "optimizer": {"lr": 3e-3, "schedule": "cosine", "warmup": 10}}
-MANNERS_RM: dict[str, Any] = {"batch": 64, "epochs": 4, "normalise": True, "optimizer": {"lr": 2e-3, "schedule": "linear", "warmup": 10}}
+MANNERS_RM: dict[str, Any] = {
+    "batch": 64,
+    "epochs": 3,
+    "span": 0.5,
+    "normalise": True,
+    "optimizer": {"lr": 3e-3, "schedule": "linear", "warmup": 10},
+}
 MANNERS_PPO: dict[str, Any] = {
     "algorithm": "ppo", "steps": 40, "prompts": 64, "samples": 4, "sampling": {"max_tokens": 16},
     "optimizer": {"lr": 5e-4, "warmup": 3}, "critic_lr": 1e-3, "eval": {"every": 20, "prompts": 72, "samples": 4}, "rollouts_every": 20,
@@ -85,7 +92,9 @@ def _manners(config: Config, place: Path, journal: Journal) -> dict[str, Result]
     journal.note("(b) manners: SFT → reward model → PPO with actor, critic, reward model and reference")
     task = manners.Manners()
     shown = _write(place / "demonstrations", train=task.demonstrations(held_out=False), held_out=task.demonstrations(held_out=True))
-    asked = _write(place / "prompts", **{name: [{"prompt": p} for p in task.prompts(held_out=name == "held_out")] for name in ("train", "held_out")})
+    asked = _write(
+        place / "prompts", **{name: [{"prompt": p} for p in task.prompts(held_out=name == "held_out")] for name in ("train", "held_out")}
+    )
     pairs = _write(place / "pairs", train=task.pairs(held_out=False), held_out=task.pairs(held_out=True))
     model = {"width": 64, "layers": 2, "heads": 4, "context": 64, "vocabulary": 640}
     first = _stage(config, sft, "sft", place, model=model, data=shown, **MANNERS_SFT)

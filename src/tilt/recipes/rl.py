@@ -83,6 +83,14 @@ class Config(Training):
         float | None,
         Field(gt=0.0, description="stop after the first step whose answers have a sequence KL to the reference above this, nats"),
     ] = None
+    stop_rise: Annotated[
+        float | None,
+        Field(
+            gt=0.0,
+            description="stop at the first evaluation whose mean reward has risen by so many standard deviations of the scores before training: "
+            "a reward model is a proxy, and beyond some rise the policy only learns its weak sides",
+        ),
+    ] = None
     max_mismatch: Annotated[
         float,
         Field(
@@ -133,11 +141,16 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
     temperature, skipped, said = config.sampling.temperature, 0, set[str]()
     warmup = config.critic_warmup if objective.value.needs else 0
     first = last = parts.trial()
-    seen = first.metrics
+    seen, taken = first.metrics, 0
     for step in range(config.steps):
         if step > 0 and opening.due(step, config.steps, config.eval.every):
             last = parts.trial()
             seen = last.metrics
+            if config.stop_rise is not None and risen(first, last) >= config.stop_rise:
+                journal.note(
+                    f"stopped at step {step}: the reward has risen by {risen(first, last):.2f} deviations, stop_rise is {config.stop_rise}"
+                )
+                break
         clock = Clock()
         prompts = parts.source.draw(step, config.prompts)
         with clock("generate"):
@@ -156,7 +169,7 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
             )
         with clock("publish"):
             sampler.load(learner.policy)
-        skipped += report.skipped
+        skipped, taken = skipped + report.skipped, step + 1
         metrics = measures(objective, rewards, signals, batch, rollouts, report) | scorer.metrics() | clock.read(batch.layout.actions)
         counts = {"episode": (step + 1) * len(rollouts), "eps": len(rollouts) / metrics["time/step"], "skipped/total": skipped}
         journal.step(step, metrics | counts | {f"eval/{name}": value for name, value in seen.items()})
@@ -172,10 +185,16 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
         if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
             checkpoints.save(directory.checkpoints, step + 1, parts.write)
     last = parts.trial()
-    journal.step(step + 1, {f"eval/{name}": value for name, value in last.metrics.items()})
+    journal.step(taken, {f"eval/{name}": value for name, value in last.metrics.items()})
     why = ": nothing in them could move the weights (every group earned the same)" if skipped else ""
-    journal.note(f"skipped    {skipped} of {step + 1} batches{why}")
-    return first, last, step + 1
+    journal.note(f"skipped    {skipped} of {taken} batches{why}")
+    return first, last, taken
+
+
+def risen(first: Assessment, last: Assessment) -> float:
+    """Rise of the mean reward in standard deviations of the scores before training."""
+    before = first.metrics
+    return (last.metrics["reward"] - before["reward"]) / max(before["reward_std"], 1e-9)
 
 
 def wanted(objective: Objective, config: Config, settings: Passes) -> frozenset[str]:

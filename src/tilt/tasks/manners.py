@@ -28,7 +28,7 @@ class Manners:
     """Prompts "please VERB the COLOUR THING"; answers "OPENING i will VERB the COLOUR THING CLOSING". A prompt is held out by the hash of its text."""
 
     held_out: float = 0.15
-    slips: float = 0.25
+    slips: float = 0.1
 
     def prompts(self, *, held_out: bool) -> list[str]:
         """Every prompt of the training or of the held-out part."""
@@ -54,7 +54,7 @@ class Manners:
             rows += [{"prompt": prompt, "completion": " " + next(stream)} for _ in range(each)]
         return rows
 
-    def pairs(self, *, held_out: bool, each: int = 4, seed: int = 1) -> list[dict[str, Any]]:
+    def pairs(self, *, held_out: bool, each: int = 8, seed: int = 1) -> list[dict[str, Any]]:
         """`each` pairs a prompt with different merits, the better one chosen."""
         rows = []
         for prompt in self.prompts(held_out=held_out):
