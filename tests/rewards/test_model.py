@@ -13,7 +13,7 @@ from tilt.errors import NumericError
 from tilt.models.loading import tiny
 from tilt.models.policy import Policy, RewardModel
 from tilt.models.saving import fingerprint
-from tilt.rewards import ModelReward, Rerendered, Text, build, own_tokens, same_tokenizer
+from tilt.rewards import ModelReward, Rerendered, Text, build, own_tokens, same_tokenizer, same_tokens
 
 WORDS = "good day to you, and a fine one it is. what a bad day! go away now."
 PAIRS = [("good day", " to you"), ("good day", " go away now."), ("what", " a fine one"), ("a", "!"), ("good day", " and a bad one")]
@@ -76,6 +76,29 @@ def test_another_tokenizer_reads_the_text_again() -> None:
     reward_model = model(theirs)
     wanted = [float(reward_model(pack([reread(r, t)]))[0].detach()) for r, t in zip(sampled(mine), TEXTS, strict=True)]
     assert ModelReward("rm", reward_model, reread)(sampled(mine), TEXTS).values == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_conversation_is_read_again_turn_by_turn() -> None:
+    mine, theirs = characters(WORDS), train_bpe([WORDS] * 20, 300)
+    turns = [{"role": "system", "content": "good"}, *({"role": r, "content": "a day"} for r in ("user", "assistant", "user"))]
+    asked = renderer(mine).prompt({"prompt": turns}, 7)
+    answer = Rollout(asked, (20, 21), (True,) * 2, (0.0,) * 2, "stop", Sampling())
+    told = Rerendered(renderer(theirs))(answer, Text("as decoded", "fine"))
+    assert told.prompt.tokens == renderer(theirs).prompt({"prompt": turns}, 7).tokens
+    plain = Rerendered(renderer(theirs, "text"))(answer, Text("as decoded", "fine"))
+    assert theirs.decode(plain.prompt.tokens) == asked.columns["prompt"] and asked.columns["prompt"].startswith("system: good\nuser: ")
+
+
+def test_padding_makes_no_other_tokenizer() -> None:
+    """A base without room for padding and the reward model made of it read the same tokens, so a critic can start from it."""
+    base, padded, pad_is_end = characters(WORDS), characters(WORDS), characters(WORDS)
+    padded.add_special_tokens({"pad_token": "<|filler|>"})
+    pad_is_end.pad_token = pad_is_end.eos_token
+    base.pad_token = None
+    assert len(padded) == len(base) + 1 and same_tokenizer(base, padded) and same_tokenizer(padded, base)
+    assert not same_tokenizer(base, characters(WORDS + "z")) and not same_tokenizer(base, characters(WORDS[1:] + "q"))
+    padded.chat_template = "{{ messages }}"
+    assert same_tokens(base, padded) and not same_tokenizer(base, padded)
 
 
 def test_an_empty_answer_that_was_cut_keeps_one_token() -> None:

@@ -19,6 +19,8 @@ TrainOn = Literal["completion", "assistant", "all"]
 OverLength = Literal["drop", "truncate"]
 Made = TypeVar("Made")
 _MARK = "\u241fturn{}\u241f"
+TURNS = "prompt_turns"
+"""The column that holds a conversational prompt turn by turn; `prompt` beside it is the same as one text."""
 
 
 class TooLong(DataError):
@@ -60,10 +62,8 @@ class Renderer:
     # --- one row ----------------------------------------------------------------------------------------------------------
 
     def prompt(self, row: Row, id: int) -> Prompt:
-        """The question of a row, up to where the answer begins. The other columns travel along, with `prompt` as readable text."""
-        asked = row["prompt"] if "prompt" in row else row["messages"][:-1]
-        tokens = self._fit_prompt(self._question(asked, row), id)
-        return Prompt(tokens, id, {**row, "prompt": plain_text(asked)})
+        """The question of a row, up to where the answer begins. The other columns travel along, with `prompt` as readable text and `prompt_turns` where it has turns."""
+        return self._ask(row["prompt"] if "prompt" in row else row["messages"][:-1], row, id)
 
     def demonstration(self, row: Row, id: int) -> Rollout:
         """A given answer. Trained are the answer (`completion`), every assistant turn (`assistant`), or every token that has a predecessor (`all`)."""
@@ -190,7 +190,8 @@ class Renderer:
         return tools
 
     def _ask(self, asked: str | list[Message], row: Row, id: int) -> Prompt:
-        return Prompt(self._fit_prompt(self._question(asked, row), id), id, {**row, "prompt": plain_text(asked)})
+        turns = {} if isinstance(asked, str) else {TURNS: asked}
+        return Prompt(self._fit_prompt(self._question(asked, row), id), id, {**row, "prompt": plain_text(asked), **turns})
 
     def _answered(self, prompt: Prompt, said: str | list[Message], row: Row) -> Rollout:
         """The answer, its stop token included. Of several turns only the assistant's are trained."""

@@ -24,7 +24,7 @@ from tilt.errors import DataError, UsageError
 from tilt.models import adapters, loading, saving
 from tilt.models.policy import Policy
 from tilt.recipes.settings import Data, Lora, Run, Scratch
-from tilt.rewards.model import same_tokenizer
+from tilt.rewards.model import same_tokens
 from tilt.runs.directory import RunDirectory, auto_name, create
 from tilt.runs.journal import Journal
 
@@ -122,7 +122,7 @@ def language_model(model: str | Scratch, tokenizer: str | None, corpus: Callable
 def other_model(path: str, tokenizer: Any, device: torch.device, role: str) -> Policy:
     """A frozen policy from a checkpoint that reads the same tokens; one of other tokens is refused."""
     lm, words = loading.load(path)
-    if not same_tokenizer(words, tokenizer):
+    if not same_tokens(words, tokenizer):
         raise UsageError(
             f"{role} {path}: its tokenizer differs from the policy's, so it cannot score the policy's tokens\n  name a checkpoint of the same family"
         )

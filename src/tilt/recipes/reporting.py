@@ -69,7 +69,11 @@ def keep_rollouts(
         "token_reward": shaped(quiet, known, layout, getattr(objective.credit, "kl", 0.0)),
         **{name: report.channels[name] for name in ("ratio", "clip", "entropy", "push")},
     }  # fmt: skip
-    sequences: dict[str, Tensor | Sequence[Any]] = {"advantage": advantages, **groups(rewards, layout), "dropped_reason": dropped(rewards, report.trained)}
+    sequences: dict[str, Tensor | Sequence[Any]] = {
+        "advantage": advantages,
+        **groups(rewards, layout),
+        "dropped_reason": dropped(rewards, report.trained),
+    }
     table = rollout_store.RolloutTable(
         rollouts, texts, rewards, tokenizer, sequences, {name: value for name, value in channels.items() if not value.isnan().all()},
         run=directory.name,

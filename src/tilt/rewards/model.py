@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tilt.data.packing import pack
-from tilt.data.rendering import Renderer
+from tilt.data.rendering import TURNS, Renderer
 from tilt.data.rollouts import Rollout
 from tilt.errors import NumericError
 from tilt.models.policy import RewardModel
@@ -33,7 +33,7 @@ class Rerendered:
 
     def __call__(self, rollout: Rollout, text: Text) -> Rollout:
         columns = rollout.prompt.columns
-        asked = columns["messages"][:-1] if "messages" in columns else columns.get("prompt", text.prompt)
+        asked = columns[TURNS] if self.renderer.chat and TURNS in columns else columns.get("prompt", text.prompt)
         row = {"prompt": asked, "completion": text.completion} | ({"tools": columns["tools"]} if "tools" in columns else {})
         answer = self.renderer.demonstration(row, rollout.prompt.id)
         if rollout.stop == "stop":
@@ -45,15 +45,24 @@ class Rerendered:
         )
 
 
-def same_tokenizer(one: Any, other: Any) -> bool:
-    """Whether two tokenizers give every text the same tokens: the same object, or equal vocabularies, special tokens and splits of a probe."""
+def same_tokens(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give every text the same tokens: the same object, or equal vocabularies, special tokens and splits of a probe.
+
+    What either pads with does not matter: no text holds it, and a reward model whose base has no room for one is given its own.
+    """
     probe = "Tilt 3.14: naïve café, 你好\n\n  def f(x):\treturn  x**2  # 1,080.00"
+    padding = {t.pad_token for t in (one, other)} - {t.eos_token for t in (one, other)}
+    first, second = ({word: i for word, i in t.get_vocab().items() if word not in padding} for t in (one, other))
     return one is other or (
-        one.get_vocab() == other.get_vocab()
+        first == second
         and (one.eos_token_id, one.bos_token_id) == (other.eos_token_id, other.bos_token_id)
         and one.encode(probe, add_special_tokens=False) == other.encode(probe, add_special_tokens=False)
-        and one.chat_template == other.chat_template
     )
+
+
+def same_tokenizer(one: Any, other: Any) -> bool:
+    """Whether two tokenizers also render conversations alike: the same tokens and the same chat template."""
+    return same_tokens(one, other) and one.chat_template == other.chat_template
 
 
 @dataclass(frozen=True)
