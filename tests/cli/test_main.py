@@ -297,6 +297,16 @@ def test_data_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "show", str(file), "--as", "prompt", "--examples", "1"]) == 0 and "example 1" not in capsys.readouterr().out
 
 
+def test_names_in_data_move_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither in a table nor in an error."""
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps({"prompt": "q", "completion": "a", "\x1b[2Jevil": 1}))
+    assert main(["data", "show", str(file)]) == 0
+    assert main(["data", "show", str(file), "--as", "text"]) == 3
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err and "\\x1b[2Jevil" in said.out and "\\x1b[2Jevil" in said.err
+
+
 @pytest.mark.parametrize("text, name, code, expected", [
     ("", "d.jsonl", 3, "empty"), ('{"a": 1}\n{"a"\n', "d.jsonl", 3, "line 2"), ('{"a": 1}\n', "d.jsonl", 3, "columns found: a"), (None, "none.jsonl", 3, "no such file"),
 ])  # fmt: skip

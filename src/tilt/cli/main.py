@@ -219,7 +219,9 @@ def _fail(message: str, code: int, full: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    lines = message.splitlines()
+    from tilt.runs.text import inert
+
+    lines = inert(message, newline="\n").split("\n")
     shown = lines if len(lines) <= 40 else [*lines[:38], f"… and {len(lines) - 38} more lines"]
     print("error: " + "\n".join(shown), file=sys.stderr)
     return code

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from tilt.config import Document, gather, hint, parse
 from tilt.errors import UsageError
+from tilt.runs.text import inert
 
 RECIPES = {
     "pretrain": "pretrain", "sft": "sft", "rm": "reward_model", "dpo": "dpo", "rl": "rl", "rlhf": "rlhf", "quickstart": "quickstart",
@@ -61,7 +62,7 @@ def run(command: str, words: Sequence[str], switches: Switches, preset: Sequence
     if place is not None and not switches.overwrite:
         _refuse_existing(place)
     if switches.dry_run:
-        print("\n".join(recipe.plan(config)))
+        print(inert("\n".join(recipe.plan(config)), newline="\n"))
         return
     with _replacing(place) if switches.overwrite and place else nullcontext():
         recipe.run(config)

@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tilt.errors import UsageError
+from tilt.runs.text import duration, inert, middle
+from tilt.runs.text import number as shown_number
 
 
 def _print(*what: Any) -> None:
@@ -31,7 +33,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequenc
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(inert(cell, newline="\n")) for cell in row))
     return table
 
 
@@ -73,7 +75,6 @@ def show_algorithms(name: str, changes: Sequence[str]) -> None:
 def show_data(source: str, tokenizer: str, want: str, examples: int) -> None:
     """Columns, detected type, counts, lengths and examples; with a tokenizer token by token, with what is trained."""
     from tilt.data import formats, sources
-    from tilt.runs.text import inert, middle
 
     found = sources.load(source)
     columns = dict.fromkeys(name for row in found.rows for name in row)
@@ -177,7 +178,6 @@ def get_data(name: str) -> None:
 def show_runs(root: str, json: bool) -> None:
     """The runs under `root`, the newest first."""
     from tilt.runs.listing import listed
-    from tilt.runs.text import duration, inert, number
 
     found = listed(Path(root))
     if json:
@@ -188,12 +188,12 @@ def show_runs(root: str, json: bool) -> None:
         return
     rows = [
         (
-            inert(r.name),
+            r.name,
             r.status,
-            inert(r.recipe),
-            inert(r.model),
+            r.recipe,
+            r.model,
             "–" if r.step is None else str(r.step),
-            "–" if r.reward is None else number(r.reward),
+            "–" if r.reward is None else shown_number(r.reward),
             duration(r.age_seconds),
         )
         for r in found
