@@ -14,6 +14,7 @@ import yaml
 
 from tilt.cli.main import main
 from tilt.objectives import ALGORITHMS
+from tilt.recipes import rlhf
 from tilt.runs.journal import read_metrics
 
 MODEL = {"width": 32, "layers": 1, "heads": 2, "vocabulary": 300, "context": 64}
@@ -123,6 +124,16 @@ def test_the_pipeline(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "rloo" in (run / "rl" / "objective.txt").read_text() and "before" in (run / "report.md").read_text()
     assert main(["run", str(run / "rl" / "config.yaml"), "name=alone", "root=again", "--quiet"]) == 0
     assert numbers(run / "rl") == numbers(place / "again" / "alone")
+
+
+def test_a_stage_of_the_pipeline_keeps_a_tokenizer_of_its_own() -> None:
+    """The pipeline's goes with the pipeline's model; a stage that names a model of its own reads that model's, or what it names itself."""
+    model = {"model": "base", "tokenizer": "words"}
+    config = rlhf.Config.model_validate({**model, "data": "pairs", "reward_model": {"model": "other"}, "judge": {"tokenizer": "own"}})
+    stages = {"sft": config.sft, "reward_model": config.reward_model, "judge": config.judge, "rl": config.rl}
+    assert {name: rlhf.words(config, stage) for name, stage in stages.items()} == {
+        "sft": "words", "reward_model": None, "judge": "own", "rl": "words",
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ a row of your own

@@ -142,7 +142,9 @@ def reinforcement(config: rl.Config) -> list[str]:
     ]
 
 
-def pipeline(config: Any, plans: Mapping[str, Callable[[Any], list[str]]], pending: str) -> list[str]:
+def pipeline(
+    config: Any, plans: Mapping[str, Callable[[Any], list[str]]], pending: str, words: Callable[[Any, Any], str | None]
+) -> list[str]:
     """The plans of a pipeline's stages, each on the model that the first stage starts from, since no stage has trained one."""
     root = _place(config, "rlhf", config.model if isinstance(config.model, str) else config.model.kind)
     lines = [f"run        {root}", "           every stage is planned on the model that the first one starts from: none has been trained"]
@@ -151,7 +153,7 @@ def pipeline(config: Any, plans: Mapping[str, Callable[[Any], list[str]]], pendi
         if stage is None:
             continue
         shared = {key: getattr(config, key) for key in Run.model_fields if key not in stage.model_fields_set}
-        shared |= {"name": name, "root": Path(root), "tokenizer": config.tokenizer}
+        shared |= {"name": name, "root": Path(root), "tokenizer": words(config, stage)}
         shared |= {"model": config.model} if stage.model == pending else {}
         shared |= {"reward": None} if pending in str(getattr(stage, "reward", "")) else {}
         lines += ["", f"── {name} " + "─" * max(0, 70 - len(name)), *plan(stage.model_copy(update=shared))]

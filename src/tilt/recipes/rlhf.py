@@ -83,22 +83,24 @@ def run(config: Config) -> Result:
         start = time.perf_counter()
         shared = {key: getattr(config, key) for key in SHARED if key not in settings.model_fields_set}
         journal.note(f"── {name} " + "─" * max(0, 70 - len(name)))
-        result = do(settings.model_copy(update=shared | {"name": name, "root": directory.path, "tokenizer": config.tokenizer} | more))
+        result = do(
+            settings.model_copy(update=shared | {"name": name, "root": directory.path, "tokenizer": words(config, settings)} | more)
+        )
         rows.extend([name, *row] for row in [*report(result), ["seconds", "", f"{time.perf_counter() - start:.0f}"]])
         return result
 
     def start_of(settings: Any) -> str | Scratch:
+        """What a stage starts from: what its section says, else the model of the stage before (for a reward model, the SFT model)."""
         return model if settings.model == PENDING else settings.model
 
     with journal:
         if config.pretrain is not None:
             model = str(stage("pretrain", pretrain.run, config.pretrain, _likelihood, model=start_of(config.pretrain)).checkpoint)
-        base = model
         model = str(stage("sft", sft.run, config.sft, _likelihood, model=start_of(config.sft)).checkpoint)
-        scored = stage("reward_model", reward_model.run, config.reward_model, _accuracy, model=_body(config.reward_model, base, model))
+        scored = stage("reward_model", reward_model.run, config.reward_model, _accuracy, model=start_of(config.reward_model))
         extra: dict[str, Any] = {"model": start_of(config.rl), "reward": _filled(config.rl.reward, str(scored.checkpoint))}
         if config.judge is not None:
-            judge = stage("judge", reward_model.run, config.judge, _accuracy, model=_body(config.judge, base, model), seed=config.seed + 1)
+            judge = stage("judge", reward_model.run, config.judge, _accuracy, model=start_of(config.judge), seed=config.seed + 1)
             extra["measure"] = config.rl.measure or {"model": str(judge.checkpoint), "name": "judge"}
         final = stage("rl", rl.run, config.rl, _improvement, **extra)
         rows.append(["all", "seconds", "", f"{time.perf_counter() - began:.0f}"])
@@ -108,9 +110,9 @@ def run(config: Config) -> Result:
     return Result(directory, final.checkpoint, final.before, final.after, final.answers)
 
 
-def _body(settings: RewardModel, base: str | Scratch, policy: str) -> str | Scratch:
-    """What a reward model starts from: what its section says, else the SFT model."""
-    return policy if settings.model == PENDING else settings.model
+def words(config: Config, stage: Any) -> str | None:
+    """The tokenizer that a stage is given: its own section's, else the pipeline's where it also has the pipeline's model."""
+    return stage.tokenizer or (config.tokenizer if stage.model == PENDING else None)
 
 
 def _filled(reward: Any, path: str) -> Any:
@@ -174,4 +176,4 @@ def plan(config: Config) -> list[str]:
         "judge": reward_model.plan,
         "rl": rl.plan,
     }
-    return planning.pipeline(config, plans, PENDING)
+    return planning.pipeline(config, plans, PENDING, words)
