@@ -167,6 +167,7 @@ def test_everything_wrong_at_once(refused: Callable[..., str], place: Path) -> N
 
 @pytest.mark.parametrize("words, parts", [
     (sft("sft.jsonl", "optimizer.lr=2"), ["`optimizer.lr` is 2", "expected ≤ 1"]),
+    (rl("optimizer.final=0.1"), ["`optimizer`", "schedule is constant: set it to linear or cosine"]),
     (sft("sft.jsonl", "data.held_out=1.5"), ["`data.held_out` is 1.5", "expected < 1"]),
     (sft("sft.jsonl", "batch=0"), ["`batch` is 0"]),
     (sft("sft.jsonl", "seed=-1"), ["`seed` is -1"]),

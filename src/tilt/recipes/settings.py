@@ -54,6 +54,14 @@ class Optimizer(Section):
     clip_norm: Annotated[float, Field(ge=0.0, description="greatest global norm of the gradient; 0 = no clipping")] = 1.0
     betas: Annotated[tuple[Share, Share], Field(description="decay of the two averages of Adam")] = (0.9, 0.95)
 
+    @model_validator(mode="after")
+    def _ends(self) -> Optimizer:
+        if self.final and self.schedule == "constant":
+            raise ValueError(
+                f"final {self.final:g} is the end of a schedule, and schedule is constant: set it to linear or cosine, or leave final out"
+            )
+        return self
+
     def settings(self) -> AdamW:
         return AdamW(self.lr, self.betas, 1e-8, self.weight_decay, self.warmup, self.schedule, self.final, self.clip_norm)
 

@@ -45,6 +45,10 @@ class Config(Training):
     def _possible(self) -> Config:
         if self.stop_at is not None and (self.reward is None or self.eval.every == 0):
             raise ValueError("stop_at needs a reward to compare with, and eval.every above 0 to look at it while training")
+        if self.reward is not None and self.data.eval is None and self.data.held_out == 0:
+            raise ValueError(
+                "reward scores answers to held-out prompts, and data.held_out is 0: hold some out, name data.eval, or leave reward out"
+            )
         return self
 
 
@@ -64,7 +68,7 @@ def run(config: Config) -> Result:
         settings=Passes(micro_tokens=config.micro_tokens),
         autocast=opening.precision(config, device),
     )
-    judged = None if config.reward is None or not rows.held_out else scoring(config.reward, tokenizer, device)
+    judged = None if config.reward is None else scoring(config.reward, tokenizer, device)
     with ExitStack() as ending:
         if judged is not None:
             ending.callback(judged.close)
