@@ -60,6 +60,8 @@ def test_a_run_stops_at_the_first_evaluation_that_is_good_enough(run_sft):
     for settings in ({"stop_at": 0.5}, {"stop_at": 0.5, "reward": "exact"}):
         with pytest.raises(ValueError, match="stop_at needs a reward"):
             run_sft(**settings)
+    with pytest.raises(ValueError, match="sampling, eval.samples: without effect"):
+        run_sft(sampling={"max_tokens": 3}, eval={"every": 2, "samples": 2})
     with pytest.raises(ValueError, match="reward scores answers to held-out prompts"):
         run_sft(reward="exact", data={"source": "any", "held_out": 0.0})
 

@@ -144,17 +144,3 @@ class Critic(nn.Module):
         """Values [A] of the states before the actions, and final values [S]."""
         values = self.head(hidden_states(self.body, pack))[:, 0]
         return values[pack.predictors], values[pack.last_tokens]
-
-
-class SharedCritic(nn.Module):
-    """The policy's own value head, as a critic: the same call, no weights of its own body."""
-
-    def __init__(self, policy: Policy) -> None:
-        super().__init__()
-        assert policy.value_head is not None, "a shared critic needs Policy(lm, value_head=True)"
-        self.policy = policy
-
-    def forward(self, pack: Pack) -> tuple[Tensor, Tensor]:
-        assert self.policy.value_head is not None
-        values = self.policy.value_head(self.policy.hidden(pack))[:, 0]
-        return values[pack.predictors], values[pack.last_tokens]

@@ -45,6 +45,14 @@ class Config(Training):
     def _possible(self) -> Config:
         if self.stop_at is not None and (self.reward is None or self.eval.every == 0):
             raise ValueError("stop_at needs a reward to compare with, and eval.every above 0 to look at it while training")
+        idle = [
+            *([] if self.sampling == Sampling() else ["sampling"]),
+            *(f"eval.{key}" for key in Evaluation.model_fields if key != "every" and getattr(self.eval, key) != getattr(Evaluation(), key)),
+        ]
+        if self.reward is None and idle:
+            raise ValueError(
+                f"{', '.join(idle)}: without effect, since answers are sampled only to be scored; name a reward, or leave it out"
+            )
         if self.reward is not None and self.data.eval is None and self.data.held_out == 0:
             raise ValueError(
                 "reward scores answers to held-out prompts, and data.held_out is 0: hold some out, name data.eval, or leave reward out"
