@@ -180,7 +180,11 @@ def test_a_loss_that_is_not_finite_names_its_term_and_leaves_the_weights(make, b
     bad = Signals(**{**vars(signals), "reference": torch.full_like(signals.reference, torch.nan)})
     with pytest.raises(NonFinite, match="the reference's log-probabilities") as caught:
         learner.update(batch, row.prepare(rewards, bad, batch.layout), row)
-    assert caught.value.exit_code == 4 and caught.value.batch.layout.sequences == int(rewards.scored.sum()) and caught.value.experience is not None
+    assert (
+        caught.value.exit_code == 4
+        and caught.value.batch.layout.sequences == int(rewards.scored.sum())
+        and caught.value.experience is not None
+    )
     assert all(torch.equal(v, before[k]) for k, v in learner.policy.state_dict().items())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,17 @@ def test_an_idle_critic_setting_is_said_and_changes_nothing(run_rl, metrics):
     plainly, idle = run_rl(), run_rl(critic_lr=1e-2, critic_warmup=1)
     assert "critic_lr, critic_warmup: without effect" in idle.directory.log.read_text()
     assert training(metrics(plainly)) == training(metrics(idle))
+
+
+def test_answers_that_the_context_cuts_are_said(run_rl, metrics):
+    """Prompts of 4 tokens and 40 for the answer in a context of 32: answers end after 28."""
+    result = run_rl(steps=1, sampling={"max_tokens": 40})
+    said = re.search(
+        r"(\d+) of \1 prompts leave less than sampling.max_tokens 40 of the model's context of 32 tokens", result.directory.log.read_text()
+    )
+    assert said
+    assert metrics(result)[0]["length/mean"] <= 28
+    assert "of the model's context" not in run_rl(steps=1).directory.log.read_text()
 
 
 def test_a_batch_that_breaks_the_loss_is_kept(run_rl, shared, monkeypatch):

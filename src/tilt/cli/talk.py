@@ -134,7 +134,7 @@ class Watched(Stops):
 
 def _answer(found: Speaker, prompt: Prompt, seed: int, number: int) -> str:
     """Sample one answer, print it as it grows (a character once all its bytes are there), and return its text."""
-    context = getattr(compat.text_config(found.lm), "max_position_embeddings", None) or 2**31
+    context = compat.context_of(found.lm)
     refuse_long([prompt], context)
     printed = 0
 

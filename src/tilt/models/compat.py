@@ -67,6 +67,11 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config()
 
 
+def context_of(model: PreTrainedModel) -> int:
+    """The most tokens of prompt and answer together; without a stated limit 2^31."""
+    return int(getattr(text_config(model), "max_position_embeddings", None) or 2**31)
+
+
 def use_attention(model: PreTrainedModel, implementation: str) -> None:
     model.set_attn_implementation(implementation)
 

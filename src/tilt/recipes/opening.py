@@ -136,7 +136,7 @@ def adapted(lm: Any, lora: Lora | None) -> Any:
 
 def renderer(tokenizer: Any, data: Data, lm: Any, found: Rows) -> Renderer:
     """How rows become tokens; nothing longer than the model's context."""
-    context = getattr(loading.compat.text_config(lm), "max_position_embeddings", None) or 2**31
+    context = loading.compat.context_of(lm)
     prompt = min(data.max_prompt_tokens, context - min(data.max_tokens, context // 2))
     return make_renderer(
         tokenizer, data.template, conversational=found.conversational, max_prompt_tokens=prompt, max_tokens=min(data.max_tokens, context - prompt),

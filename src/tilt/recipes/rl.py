@@ -20,6 +20,7 @@ from tilt.data.streams import Stream
 from tilt.errors import NumericError, UsageError
 from tilt.learning.evaluation import Assessment
 from tilt.learning.learner import Learner, Passes
+from tilt.models import compat
 from tilt.models.adapters import adapter_off
 from tilt.models.policy import Critic, Policy
 from tilt.models.saving import fingerprint
@@ -277,7 +278,7 @@ def _run(config: Config, ending: ExitStack) -> Result:
             *([] if held else ["           nothing is held out: evaluations ask training prompts"]),
             f"algorithm  {name}: {objective!r}",
             f"steps      {config.steps} of {config.prompts} prompts × {config.samples} answers; {each} optimizer steps each",
-            *(f"note       {note}" for note in notes(config, policy, objective)),
+            *(f"note       {note}" for note in [*notes(config, policy, objective), *cramped(prompts, lm, config.sampling.max_tokens)]),
         ])  # fmt: skip
         described = "\n".join(
             [*origin(config.algorithm).lines(objective), "", card(objective, name=name, samples=config.samples, passes=config.passes)]
@@ -291,6 +292,14 @@ def _run(config: Config, ending: ExitStack) -> Result:
             journal.note(f"unchanged  {role} {mark[:12]}")
     answers = tuple((b.prompt, b.completion, a.completion) for b, a in zip(before.texts, after.texts, strict=True))
     return Result(directory, checkpoint, before.metrics, after.metrics, answers)
+
+
+def cramped(prompts: Sequence[Prompt], lm: Any, wanted: int) -> list[str]:
+    """That some answers must end before they have `wanted` tokens, because prompt and answer share the model's context."""
+    context = compat.context_of(lm)
+    few = [len(p.tokens) for p in prompts if len(p.tokens) + wanted > context]
+    said = f"{len(few)} of {len(prompts)} prompts leave less than sampling.max_tokens {wanted} of the model's context of {context} tokens: their answers are cut at {context - max(few, default=0)} or more"
+    return [said] if few else []
 
 
 def notes(config: Config, policy: Policy, objective: Objective) -> list[str]:

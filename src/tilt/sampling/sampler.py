@@ -62,7 +62,7 @@ class Sampler:
     def _rollouts(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, step: int, stream: str) -> list[Rollout]:
         if samples < 1 or not prompts:
             return []
-        context = getattr(compat.text_config(self.lm), "max_position_embeddings", None) or 2**31
+        context = compat.context_of(self.lm)
         refuse_long(prompts, context)
         ids = [prompt.id for prompt in prompts for _ in range(samples)]
         key = keys(self.seed, stream, step, ids, list(range(samples)) * len(prompts)).reshape(len(prompts), samples)
