@@ -84,6 +84,10 @@ class Renderer:
         """The tokens of a plain text, without start or end token."""
         return self._encode(text)
 
+    def literal(self, text: str) -> list[int]:
+        """The same for a text that nobody vouches for: a control token spelled in it stays text."""
+        return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)]
+
     # --- many rows --------------------------------------------------------------------------------------------------------
 
     def prompts(self, rows: Sequence[Row]) -> list[Prompt]:

@@ -27,22 +27,21 @@ def own_tokens(rollout: Rollout, text: Text) -> Rollout:
 
 @dataclass(frozen=True)
 class Rerendered:
-    """The same prompt and answer under the reward model's own tokenizer and template; an answer that was cut off gets no stop token."""
+    """The same prompt and answer under the reward model's own tokenizer and template; an answer that was cut off gets no stop token.
+
+    Control tokens that an answer spells are text here: a policy cannot open turns of its own before its judge.
+    """
 
     renderer: Renderer
 
     def __call__(self, rollout: Rollout, text: Text) -> Rollout:
         columns = rollout.prompt.columns
         asked = columns[TURNS] if self.renderer.chat and TURNS in columns else columns.get("prompt", text.prompt)
-        row = {"prompt": asked, "completion": text.completion} | ({"tools": columns["tools"]} if "tools" in columns else {})
-        answer = self.renderer.demonstration(row, rollout.prompt.id)
-        if rollout.stop == "stop":
-            return answer
-        closing = len(self.renderer.demonstration({**row, "completion": ""}, rollout.prompt.id).tokens)
-        kept = max(1, len(answer.tokens) - closing)
-        return replace(
-            answer, tokens=answer.tokens[:kept], sampled=answer.sampled[:kept], logprobs=answer.logprobs[:kept], stop=rollout.stop
-        )
+        row = {"prompt": asked, "completion": ""} | ({"tools": columns["tools"]} if "tools" in columns else {})
+        closed = self.renderer.demonstration(row, rollout.prompt.id)
+        said = self.renderer.literal(text.completion)
+        tokens = (*said, *closed.tokens) if rollout.stop == "stop" else (said or closed.tokens[:1])
+        return replace(Rollout.demonstration(closed.prompt, tuple(tokens)), stop=rollout.stop)
 
 
 def same_tokens(one: Any, other: Any) -> bool:
