@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +18,15 @@ from tilt.recipes import opening, planning, reward_model, rl, sft
 from tilt.recipes.finishing import Result
 from tilt.recipes.settings import Run
 from tilt.runs.files import atomic_write
-from tilt.runs.journal import Journal
+from tilt.runs.journal import Journal, read_metrics
 from tilt.tasks import arithmetic, manners
 
 SUM_REWARD = "exact"
+NEXT = """What to try next
+  {again}
+  tilt algorithms grpo                               what the run computed, in formulas
+  tilt rlhf examples/rlhf_instruct.yaml              the same road on real text
+  tilt data show FILE, tilt sft --help               your own data"""
 ADDITION_SFT: dict[str, Any] = {
     "batch": 256, "steps": 400, "stop_at": 0.45,
     "optimizer": {"lr": 2e-3, "schedule": "constant", "warmup": 20},
@@ -143,7 +148,31 @@ def report(found: Mapping[str, Result], place: Path, seconds: float) -> str:
             table.add_row(*row)
         console.print(table)
         text = console.export_text()
-    return text + f"\n{seconds:.0f} s in all; everything is in {place}\n"
+    for stage, name, label in (
+        ("addition/grpo", "reward", "accuracy of the answers sampled in training"),
+        ("manners/ppo", "reward", "score of the reward model in training"),
+    ):
+        if stage in found:
+            text += "\n" + curve(
+                f"{stage}: {label}, by step", [row[name] for row in read_metrics(found[stage].directory.metrics) if name in row]
+            )
+    again = f"tilt run {place}/addition/grpo/config.yaml name=mine algorithm=rloo"
+    return text + f"\n{seconds:.0f} s in all; everything is in {place}\n{NEXT.format(again=again)}\n"
+
+
+def curve(title: str, values: Sequence[float], width: int = 72, height: int = 8) -> str:
+    """Values as a plot in characters: means of equal stretches of steps, one column each."""
+    columns = min(width, len(values))
+    means = [
+        sum(part) / len(part) for part in (values[i * len(values) // columns : (i + 1) * len(values) // columns] for i in range(columns))
+    ]
+    low, high = min(means), max(means)
+    levels = [round((mean - low) / max(high - low, 1e-9) * (height - 1)) for mean in means]
+    rows = ["".join("•" if level == row else " " for level in levels) for row in range(height - 1, -1, -1)]
+    marks = [f"{high:8.2f} ┤", *["         │"] * (height - 2), f"{low:8.2f} ┤"]
+    return "\n".join(
+        [title, *(mark + row for mark, row in zip(marks, rows, strict=True)), "         └" + "─" * columns + f" {len(values)}", ""]
+    )
 
 
 def _rows(found: Mapping[str, Result]) -> Iterable[tuple[str, str, str, str]]:
