@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tilt.recipes import quickstart
+from tilt.tasks import arithmetic, manners
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart.arithmetic, "Addition", partial(arithmetic.Addition, limit=15))
+    monkeypatch.setattr(manners, "VERBS", manners.VERBS[:3])
+    monkeypatch.setattr(manners, "THINGS", manners.THINGS[:4])
     monkeypatch.setitem(quickstart.ADDITION_SFT, "steps", 2)
     monkeypatch.setitem(quickstart.ADDITION_SFT, "batch", 8)
     monkeypatch.setitem(quickstart.ADDITION_SFT, "eval", {"every": 1, "prompts": 8})

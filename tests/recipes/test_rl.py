@@ -164,6 +164,8 @@ def test_a_run_that_its_kl_ends_at_a_step_to_be_saved_is_saved_once(run_rl):
     assert "is above max_kl" in result.directory.log.read_text()
     saved = sorted(folder.name for folder in result.directory.checkpoints.iterdir())
     assert saved[-1] == result.checkpoint.name and 1 < len(saved) < 6
+    result = run_rl(steps=6, save_every=1, eval={"every": 1, "prompts": 4}, stop_rise=1e-9, optimizer={"lr": 3e-2})
+    assert "the reward has risen" in result.directory.log.read_text() and result.checkpoint.name < "step_000006"
 
 
 # --- frozen models --------------------------------------------------------------------------------------------------------------

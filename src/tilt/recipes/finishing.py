@@ -35,7 +35,9 @@ class Result:
 
 
 def saved(directory: RunDirectory, step: int, write: Callable[[Path], None], wanted: bool) -> Path:
-    """The checkpoint of the last step, or the run's directory where none is wanted."""
+    """The checkpoint of the last step, written unless it is there already, or the run's directory where none is wanted."""
+    if wanted and step in checkpoints.saved(directory.checkpoints):
+        return checkpoints.latest(directory.checkpoints)
     return checkpoints.save(directory.checkpoints, step, write) if wanted else directory.path
 
 
