@@ -88,7 +88,7 @@ class Config(Training):
         float | None,
         Field(
             gt=0.0,
-            description="stop at the first evaluation whose mean reward has risen by so many standard deviations of the scores before training: "
+            description="stop where the mean reward of four steps has risen by so many standard deviations of the first step's scores: "
             "a reward model is a proxy, and beyond some rise the policy only learns its weak sides",
         ),
     ] = None
@@ -143,15 +143,12 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
     warmup = config.critic_warmup if objective.value.needs else 0
     first = last = parts.trial()
     seen, taken = first.metrics, 0
+    scores: list[float] = []
+    deviation = 0.0
     for step in range(config.steps):
         if step > 0 and opening.due(step, config.steps, config.eval.every):
             last = parts.trial()
             seen = last.metrics
-            if config.stop_rise is not None and risen(first, last) >= config.stop_rise:
-                journal.note(
-                    f"stopped at step {step}: the reward has risen by {risen(first, last):.2f} deviations, stop_rise is {config.stop_rise}"
-                )
-                break
         clock = Clock()
         prompts = parts.source.draw(step, config.prompts)
         with clock("generate"):
@@ -180,6 +177,13 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
             journal.note(f"reward     {scorer.score.report.messages[part]}")
         if watch:
             keep_rollouts(directory, journal, step, rollouts, texts, rewards, experience, objective, report, parts.tokenizer)
+        scores.append(metrics["reward"])
+        deviation = metrics.get("objective/scores_std", 0.0) if step == 0 else deviation
+        if config.stop_rise is not None and risen(scores, deviation) >= config.stop_rise:
+            journal.note(
+                f"stopped at step {step}: the reward has risen by {risen(scores, deviation):.2f} deviations, stop_rise is {config.stop_rise}"
+            )
+            break
         if config.max_kl is not None and metrics.get("kl", 0.0) > config.max_kl:
             journal.note(f"stopped at step {step}: the sequence KL {metrics['kl']:.2f} is above max_kl {config.max_kl}")
             break
@@ -192,10 +196,9 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
     return first, last, taken
 
 
-def risen(first: Assessment, last: Assessment) -> float:
-    """Rise of the mean reward in standard deviations of the scores before training."""
-    before = first.metrics
-    return (last.metrics["reward"] - before["reward"]) / max(before["reward_std"], 1e-9)
+def risen(scores: Sequence[float], deviation: float, over: int = 4) -> float:
+    """Rise of the mean training reward, the last `over` steps against the first, in deviations of the first step's scores. Held-out prompts have no say."""
+    return (sum(scores[-over:]) / over - scores[0]) / max(deviation, 1e-9) if len(scores) > over else 0.0
 
 
 def wanted(objective: Objective, config: Config, settings: Passes) -> frozenset[str]:
