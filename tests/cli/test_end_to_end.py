@@ -180,8 +180,13 @@ def test_runs_are_listed_and_asked(place: Path, capsys: pytest.CaptureFixture[st
     found = {run["name"]: run for run in json.loads(capsys.readouterr().out)}
     assert (found["base"]["status"], found["base"]["recipe"], found["base"]["step"]) == ("finished", "sft", 2)
     assert main(["runs"]) == 0 and "base" in capsys.readouterr().out
-    assert main(["sft", "model=runs/base", "data=sft.jsonl"]) == 2
-    assert "this is the directory of a run" in (said := capsys.readouterr().err) and "runs/base/checkpoints/step_000002" in said
+    for name, model in (
+        ("folder", "runs/base"),
+        ("checkpoint", BASE[0].partition("=")[2]),
+    ):  # a run's directory stands for its last checkpoint
+        assert main(["sft", *SHARED, f"model={model}", "data.source=sft.jsonl", "steps=1", "save=false", f"name={name}", "--quiet"]) == 0
+    assert numbers(place / "runs/folder") == numbers(place / "runs/checkpoint")
+    capsys.readouterr()
     assert main(["rm", *BASE, "data.source=pairs.jsonl", "steps=1", "save=false", "name=named", "--quiet"]) == 0
     assert main(["runs", "--json"]) == 0
     assert {run["name"]: run["model"] for run in json.loads(capsys.readouterr().out)}["named"] == "base"

@@ -157,12 +157,12 @@ def padded_tokenizer(tokenizer: Any) -> Any:
 
 
 def located(model: str | Path) -> str:
-    """The folder's path or the hub's name; a path that does not exist, or a folder without config.json, is refused."""
+    """The folder's path, the last checkpoint of a run's directory, or the hub's name; what does not exist, or is no model, is refused."""
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
             if saved := sorted(path.glob("checkpoints/step_*"), key=lambda folder: (len(folder.name), folder.name)):
-                raise UsageError(f"model {path}: this is the directory of a run.\nName one of its checkpoints; the last is {saved[-1]}")
+                return str(saved[-1])
             raise UsageError(
                 f"model {path}: the folder has no config.json.\nGive a folder written by save_pretrained, with config.json, weights and tokenizer."
             )
