@@ -20,6 +20,7 @@ from tilt.recipes.finishing import Result
 from tilt.recipes.settings import Run
 from tilt.runs.files import atomic_write
 from tilt.runs.journal import Journal, read_metrics
+from tilt.runs.text import fence
 from tilt.tasks import arithmetic, manners
 
 SUM_REWARD = "exact"
@@ -75,7 +76,7 @@ def run(config: Config) -> dict[str, Result]:
             if part in config.parts:
                 found |= play(config, directory.path / part, journal)
         text = report(found, directory.path, time.perf_counter() - began)
-        atomic_write(directory.path / "report.md", text.encode())
+        atomic_write(directory.path / "report.md", fence(text).encode())
         journal.note(text)
     return found
 

@@ -20,7 +20,7 @@ from tilt.recipes.rl import Config as Reinforce
 from tilt.recipes.settings import Data, Run, Scratch
 from tilt.recipes.sft import Config as Finetune
 from tilt.runs.files import atomic_write
-from tilt.runs.text import inert
+from tilt.runs.text import fence, inert
 
 PENDING = "(the model of the stage before)"
 SHARED = ("seed", "threads", "device", "dtype", "log_every", "quiet")
@@ -106,7 +106,7 @@ def run(config: Config) -> Result:
         final = stage("rl", rl.run, config.rl, _improvement, **extra)
         rows.append(["all", "seconds", "", f"{time.perf_counter() - began:.0f}"])
         text = _report(rows, final)
-        atomic_write(directory.path / "report.md", text.encode())
+        atomic_write(directory.path / "report.md", fence(text).encode())
         journal.note(text)
     return Result(directory, final.checkpoint, final.before, final.after, final.answers)
 

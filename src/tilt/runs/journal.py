@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tilt.runs.text import duration, inert, middle, number
+from tilt.runs.text import fence, duration, inert, middle, number
 
 SPARKS = "▁▂▃▄▅▆▇█"
 FINISHED = "finished"
@@ -200,13 +200,8 @@ def _markdown(step: int, rows: Sequence[Sample]) -> str:
     for row in rows:
         rewards = ", ".join(f"{inert(name)} {number(value)}" for name, value in row.rewards.items())
         advantage = f", advantage {number(row.advantage)}" if math.isfinite(row.advantage) else ""
-        parts.append(f"\n**prompt**\n{_fence(row.prompt)}**completion** ({rewards or 'no reward'}{advantage})\n{_fence(row.completion)}")
+        parts.append(f"\n**prompt**\n{fence(row.prompt)}**completion** ({rewards or 'no reward'}{advantage})\n{fence(row.completion)}")
     return "".join(parts)
-
-
-def _fence(text: str) -> str:
-    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
-    return f"{ticks}text\n{inert(text, newline=chr(10))}\n{ticks}\n"
 
 
 def _table(step: int, rows: Sequence[Sample], width: int) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 from rich.cells import cell_len
@@ -57,3 +58,9 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min" if whole < 172800 else f"{whole // 86400} d"
+
+
+def fence(text: str) -> str:
+    """Text as a Markdown block under a fence longer than any run of backticks within it."""
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{ticks}text\n{inert(text, newline=chr(10))}\n{ticks}\n"
