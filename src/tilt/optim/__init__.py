@@ -1,1 +1,1 @@
-"""What turns gradients into steps."""
+"""What turns gradients into steps: AdamW, and the natural step inside a trust region."""
