@@ -17,7 +17,7 @@ from tilt.learning import learner
 from tilt.models.loading import load, tiny
 from tilt.models.saving import save
 from tilt.objectives import ALGORITHMS, GLOSSARY
-from tilt.recipes import opening, rl
+from tilt.recipes import opening, rl, roles, stopping
 from tilt.runs import rollout_store
 
 
@@ -420,17 +420,17 @@ def test_a_tokenizer_from_elsewhere(run_rl, run_sft, tmp_path):
 
 def test_the_critic_has_a_learning_rate_of_its_own(run_rl, metrics):
     """After one step of AdamW weights have moved by at most their rate."""
-    start = rl.Critic.from_policy
+    start = roles.Critic.from_policy
     made = []
 
-    class Watched(rl.Critic):
+    class Watched(roles.Critic):
         @staticmethod
         def from_policy(policy):
             made.append((policy, start(policy)))
             return made[-1][1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rl, "Critic", Watched)
+        patch.setattr(roles, "Critic", Watched)
         run_rl(algorithm="ppo", steps=1, optimizer={"lr": 1e-4}, critic_lr=1e-2)
     (_, critic), *more = made
     assert not more and 5e-3 < float(critic.head.weight.detach().abs().max()) <= 1.01e-2
@@ -451,5 +451,5 @@ def test_recorded_values_are_plain():
 
 def test_the_rise_is_of_the_last_four_steps_over_the_first() -> None:
     scores = [1.0, 9.0, 2.0, 3.0, 4.0, 5.0]
-    assert rl.risen(scores, 0.5) == (3.5 - 1.0) / 0.5
-    assert rl.risen(scores[:4], 0.5) == 0.0  # four later steps are needed
+    assert stopping.risen(scores, 0.5) == (3.5 - 1.0) / 0.5
+    assert stopping.risen(scores[:4], 0.5) == 0.0  # four later steps are needed

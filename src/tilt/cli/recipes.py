@@ -137,7 +137,13 @@ def _settings(cls: Any, above: str, stated: Any = None, depth: int = 0) -> Itera
         inner = default if isinstance(default, Section) else None
         sections = [kind for kind in _members(info.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
         recipe = next(
-            (command for command, module in RECIPES.items() for kind in sections if kind.__module__ == f"tilt.recipes.{module}"), None
+            (
+                command
+                for command, module in RECIPES.items()
+                for kind in sections
+                if kind.__module__.removesuffix("_settings") == f"tilt.recipes.{module}"
+            ),
+            None,
         )
         if recipe is not None:
             yield (

@@ -109,9 +109,9 @@ def gather(files: Sequence[Path], overrides: Sequence[str]) -> Document:
 
 
 def recipe_name(cls: type[Section]) -> str:
-    """The recipe whose configuration this is: the default of its `recipe` field, else the last part of its module's name."""
+    """The recipe whose configuration this is: the default of its `recipe` field, else the last part of its module's name (rl_settings → rl)."""
     info = cls.model_fields.get("recipe")
-    return str(info.default) if info is not None else cls.__module__.rpartition(".")[2]
+    return str(info.default) if info is not None else cls.__module__.rpartition(".")[2].removesuffix("_settings")
 
 
 def parse(values: Mapping[str, Any], cls: type[C], origin: Mapping[Key, str] | str = "") -> C:

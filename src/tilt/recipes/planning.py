@@ -33,7 +33,7 @@ from tilt.runs.text import duration, inert, middle, number
 from tilt.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
-    from tilt.recipes import dpo, pretrain, reward_model, rl, sft
+    from tilt.recipes import dpo, pretrain, reward_model, rl_settings, sft
 
 Examples = Sequence[Rollout]
 SHOWN = 1200  # terminal cells of an example
@@ -102,7 +102,7 @@ def compared_pairs(config: dpo.Config) -> list[str]:
     return _paired(config, "dpo", found, policy, lambda batch: likelihoods(policy)(batch).sum(), pairs, held)
 
 
-def reinforcement(config: rl.Config) -> list[str]:
+def reinforcement(config: rl_settings.Config) -> list[str]:
     """The plan of reinforcement learning. Without a reward (as in a pipeline, where the stage before makes it) a model of the policy's size stands in."""
     name, objective = resolve(config.algorithm, config.objective)
     found = _open(config, "prompt")
@@ -257,7 +257,7 @@ def _parameters(module: nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-def _held(config: rl.Config, objective: Objective, found: Opened, policy: Policy, shared: bool) -> tuple[dict[str, int], int]:
+def _held(config: rl_settings.Config, objective: Objective, found: Opened, policy: Policy, shared: bool) -> tuple[dict[str, int], int]:
     """Bytes of each frozen model that the run holds beside the policy, and of the critic."""
     body = _parameters(policy)[0]
     held: dict[str, int] = {}
@@ -323,7 +323,7 @@ def _try(loss: Callable[[Pack], Tensor], examples: Examples, config: Training, d
     return Measured(len(batch.tokens), seconds / len(batch.tokens), sum(kept.values()) / len(batch.tokens))
 
 
-def _generation(config: rl.Config, found: Opened, policy: Policy, prompts: Sequence[Prompt], sampling: Sampling) -> float:
+def _generation(config: rl_settings.Config, found: Opened, policy: Policy, prompts: Sequence[Prompt], sampling: Sampling) -> float:
     """Seconds to generate the answers of a step, each of the greatest length: reading the prompts once, and one decoding step a token."""
     slots, answers = config.sampling.slots, config.prompts * config.samples
     weight = sum(p.numel() for p in policy.parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -14,16 +14,69 @@ from torch import Tensor
 
 from tilt.data.packing import Pack
 from tilt.data.rollouts import Rollout
+from tilt.learning.evaluation import Assessment
 from tilt.learning.learner import Report
 from tilt.learning.meter import Meter
 from tilt.objectives import Experience, Objective, Rewards, Signals
 from tilt.objectives.credit import settled, shaped
 from tilt.objectives.metrics import batch_metrics
+from tilt.recipes.scoring import Scoring
 from tilt.rewards.text import Text
 from tilt.runs import rollout_store
 from tilt.runs.directory import RunDirectory
 from tilt.runs.journal import Journal, Sample
 from tilt.segments import group_count, group_mean, group_std
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of a step, as text, and what they earned."""
+
+    rollouts: Sequence[Rollout]
+    texts: Sequence[Text]
+    rewards: Rewards
+
+
+class Recorder:
+    """Writes what each step says of itself, and counts answers and skipped batches over the run."""
+
+    def __init__(self, directory: RunDirectory, journal: Journal, tokenizer: Any, scoring: Scoring, every: int, steps: int) -> None:
+        self.directory, self.journal, self.tokenizer, self.scoring = directory, journal, tokenizer, scoring
+        self.every, self.steps, self.answers, self.skipped, self.said = every, steps, 0, 0, set[str]()
+
+    def watches(self, step: int) -> bool:
+        """Whether the rollouts of this step are stored, with all their token channels: every `every`-th, and the last."""
+        return self.every > 0 and (step % self.every == 0 or step + 1 == self.steps)
+
+    def write(
+        self, step: int, objective: Objective, answers: Answers, batch: Pack, experience: Experience, report: Report, clock: Clock,
+        seen: Assessment | None,
+    ) -> dict[str, float]:  # fmt: skip
+        """The step's metrics, written with those of the evaluation before it; its rollouts where it is watched; a reward's first failure in words."""
+        count = len(answers.rollouts)
+        self.answers, self.skipped = self.answers + count, self.skipped + report.skipped
+        metrics = measures(objective, answers.rewards, experience.signals, batch, answers.rollouts, report)
+        metrics |= self.scoring.metrics() | clock.read(batch.layout.actions)
+        counts = {"episode": self.answers, "eps": count / metrics["time/step"], "skipped/total": self.skipped}
+        self.journal.step(step, metrics | counts | evaluated(seen))
+        messages = self.scoring.score.report.messages
+        for part in messages.keys() - self.said:
+            self.said.add(part)
+            self.journal.note(f"reward     {messages[part]}")
+        if self.watches(step):
+            keep_rollouts(self.directory, self.journal, step, answers, experience, objective, report, self.tokenizer)
+        return metrics
+
+    def finish(self, taken: int, last: Assessment) -> None:
+        """The last evaluation, and how many of the batches moved nothing."""
+        self.journal.step(taken, evaluated(last))
+        why = ": nothing in them could move the weights (every group earned the same)" if self.skipped else ""
+        self.journal.note(f"skipped    {self.skipped} of {taken} batches{why}")
+
+
+def evaluated(seen: Assessment | None) -> dict[str, float]:
+    """An evaluation's measures under their names in the journal; none where there was none."""
+    return {} if seen is None else {f"eval/{name}": value for name, value in seen.metrics.items()}
 
 
 def complete(signals: Signals, report: Report) -> Signals:
@@ -54,10 +107,11 @@ def measures(
 
 
 def keep_rollouts(
-    directory: RunDirectory, journal: Journal, step: int, rollouts: Sequence[Rollout], texts: Sequence[Text], rewards: Rewards,
-    experience: Experience, objective: Objective, report: Report, tokenizer: Any,
+    directory: RunDirectory, journal: Journal, step: int, answers: Answers, experience: Experience, objective: Objective, report: Report,
+    tokenizer: Any,
 ) -> None:  # fmt: skip
     """Store the step's rollouts with their token channels (differences taken before they are stored in half precision), and show four."""
+    rollouts, texts, rewards = answers.rollouts, answers.texts, answers.rewards
     layout, signals = experience.layout, complete(experience.signals, report)
     advantages = experience.advantages[layout.starts]
     new = report.channels["new"]

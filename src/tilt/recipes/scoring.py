@@ -34,8 +34,13 @@ class Scoring:
         """The reward model that a critic can start from: the first that reads the policy's tokens."""
         return next((model for model, shared in self.models if shared), None)
 
+    def judge(self, rollouts: Sequence[Rollout]) -> tuple[list[Text], Rewards]:
+        """The answers as text, and what they earn."""
+        texts = self.read(rollouts)
+        return texts, self.score(rollouts, texts)
+
     def __call__(self, rollouts: Sequence[Rollout]) -> Rewards:
-        return self.score(rollouts, self.read(rollouts))
+        return self.judge(rollouts)[1]
 
     def metrics(self) -> dict[str, float]:
         """Seconds and failures of each part on the latest batch."""

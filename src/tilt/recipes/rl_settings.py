@@ -1,0 +1,78 @@
+"""Settings of reinforcement learning, and which of them cannot go together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from tilt.recipes.settings import Count, Evaluation, Reward, Sampling, Training
+from tilt.recipes.settings import Optimizer as OptimizerSettings
+from tilt.recipes.variants import resolve
+
+
+class Config(Training):
+    """Reinforcement learning of a policy from a reward, by any row of the table or one of your own."""
+
+    algorithm: Annotated[str, Field(description="a name of `tilt algorithms`, or file.py:NAME")] = "grpo"
+    objective: Annotated[dict[str, Any], Field(description="slots of the row to change, such as {surrogate: {high: 0.28}}")] = {}
+    reward: Annotated[Reward, Field(description="file.py:function, a rule, a reward model, or a weighted list of them")]
+    measure: Annotated[Reward, Field(description="further rewards that are measured on held-out answers and never trained on")] = None
+    missing_stop_penalty: Annotated[float, Field(ge=0.0, description="taken from the reward of an answer that was cut at max_tokens")] = 0.0
+    reference: Annotated[str | None, Field(description="the KL anchor; without it the policy as it starts")] = None
+    critic: Annotated[
+        Literal["auto", "reward_model", "policy", "shared"],
+        Field(
+            description="what the critic starts from, where the row needs one; auto = the reward model where there is one with the policy's tokens, else the policy"
+        ),
+    ] = "auto"
+    critic_lr: Annotated[float | None, Field(gt=0.0, description="the critic's learning rate; without it the policy's")] = None
+    critic_warmup: Annotated[int, Field(ge=0, description="first steps in which only the critic learns")] = 0
+    steps: Count = 200
+    prompts: Annotated[int, Field(ge=1, description="prompts a step")] = 32
+    samples: Annotated[int, Field(ge=1, description="answers to each prompt")] = 8
+    passes: Annotated[int, Field(ge=1, description="times each answer is trained on")] = 1
+    minibatches: Annotated[int, Field(ge=1, description="optimizer steps a pass")] = 1
+    sampling: Sampling = Sampling()
+    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4)
+    eval: Evaluation = Evaluation()
+    max_kl: Annotated[
+        float | None,
+        Field(gt=0.0, description="stop after the first step whose answers have a sequence KL to the reference above this, nats"),
+    ] = None
+    stop_rise: Annotated[
+        float | None,
+        Field(
+            gt=0.0,
+            description="stop where the mean reward of four steps has risen by so many standard deviations of the first step's scores: "
+            "a reward model is a proxy, and beyond some rise the policy only learns its weak sides",
+        ),
+    ] = None
+    max_mismatch: Annotated[
+        float,
+        Field(
+            gt=0.0, description="stop when learner and sampler differ by more than this in mean probability, before a batch's first update"
+        ),
+    ] = 0.05
+    save_every: Annotated[int, Field(ge=0, description="steps between checkpoints; 0 = the last only")] = 0
+    rollouts_every: Annotated[int, Field(ge=0, description="steps between stored rollouts; 0 = none")] = 10
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        _, row = resolve(self.algorithm, self.objective)
+        problems = row.check(samples=self.samples, passes=self.passes)
+        if row.passes is not None and self.minibatches > 1 and self.passes * self.minibatches > row.passes:
+            problems.append(
+                f"minibatches {self.minibatches}: {type(row.surrogate).__name__} has no ratio to correct for the steps in between; set minibatches to 1"
+            )
+        if self.minibatches > self.prompts * self.samples:
+            problems.append(f"minibatches {self.minibatches} is more than the {self.prompts * self.samples} answers of a step")
+        if row.value.needs and self.critic == "shared" and (self.critic_warmup or self.critic_lr is not None):
+            problems.append(
+                "critic shared has no weights of its own for critic_lr and critic_warmup; leave them out, or set critic to policy"
+            )
+        if self.critic_warmup >= self.steps:
+            problems.append(f"critic_warmup {self.critic_warmup} leaves no step of {self.steps} for the policy; set it below steps")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
