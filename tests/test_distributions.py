@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import tilt.distributions as library
-from tilt.distributions import entropy, k1, k2, k3, kl, logprobs, score_actions
+from tilt.distributions import Anchor, entropy, k1, k2, k3, kl, logprobs, score_actions
+from tilt.errors import UsageError
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -84,13 +85,73 @@ def test_chunked_head_equals_the_plain_one(chunk: int, small: int, monkeypatch: 
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("direction", ["to", "from"])
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+@pytest.mark.parametrize("small", [0, 2**24])
+def test_the_chunked_kl_equals_the_sum_over_the_vocabulary(direction: str, chunk: int, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradient; the anchor is of another width and receives no gradient."""
+    monkeypatch.setattr(library, "SMALL", small)
+    hidden, weight = random(10, 4).requires_grad_(), random(12, 4, seed=1).requires_grad_()
+    other, layer = random(10, 3, seed=2).requires_grad_(), random(12, 3, seed=3).requires_grad_()
+    seen: list[int] = []
+
+    def head(x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return x @ layer.T
+
+    scored = score_actions(
+        hidden, lambda x: x @ weight.T, torch.arange(10), temperature=0.7, entropy=True, chunk=chunk, against=Anchor(other, head, direction)
+    )
+    slope = random(10, seed=4)
+    found = torch.autograd.grad((slope * scored.kl).sum(), (hidden, weight, other, layer), allow_unused=True)
+    assert max(seen) <= chunk and found[2] is None and found[3] is None
+
+    policy, anchor = (hidden @ weight.T / 0.7).softmax(-1), (other @ layer.T / 0.7).softmax(-1).detach()
+    p, q = (policy, anchor) if direction == "to" else (anchor, policy)
+    loops = []
+    for i in range(10):
+        total = torch.zeros((), dtype=torch.float64)
+        for v in range(12):
+            total = total + p[i, v] * (p[i, v].log() - q[i, v].log())
+        loops.append(total)
+    expected = torch.stack(loops)
+    torch.testing.assert_close(scored.kl, expected, rtol=0, atol=1e-12)
+    for a, b in zip(found[:2], torch.autograd.grad((slope * expected).sum(), (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("small", [0, 2**24])
+def test_the_curvature_of_the_kl_at_distance_zero_is_the_fisher_matrix(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Second derivatives come through recomputed chunks too."""
+    monkeypatch.setattr(library, "SMALL", small)
+    hidden, weight = random(6, 4).requires_grad_(), random(5, 4, seed=1)
+    anchor = Anchor(hidden.detach().clone(), lambda x: x @ weight.T, "from")
+    scored = score_actions(
+        hidden, lambda x: x @ weight.T, torch.arange(5).repeat(2)[:6], temperature=1.0, entropy=False, chunk=4, against=anchor
+    )
+    (slope,) = torch.autograd.grad(scored.kl.sum(), hidden, create_graph=True)
+    assert scored.kl.abs().max() < 1e-15 and slope.abs().max() < 1e-15
+    direction = random(6, 4, seed=2)
+    (found,) = torch.autograd.grad((slope * direction).sum(), hidden)
+    p = (hidden @ weight.T).softmax(-1).detach()
+    fisher = torch.einsum("iv,vd,ve->ide", p, weight, weight) - torch.einsum("iv,vd,iw,we->ide", p, weight, p, weight)
+    torch.testing.assert_close(found, torch.einsum("ide,ie->id", fisher, direction), rtol=0, atol=1e-12)
+
+
+def test_distributions_of_unequal_size_have_no_kl() -> None:
+    anchor = Anchor(random(3, 4), lambda x: x @ torch.zeros(4, 13, dtype=torch.float64), "to")
+    with pytest.raises(UsageError, match="12 entries and the other's 13"):
+        score_actions(random(3, 4), lambda x: x @ random(4, 12), torch.arange(3), temperature=1.0, entropy=False, chunk=2, against=anchor)
+
+
 @pytest.mark.parametrize(("small", "kept"), [(0, False), (2**24, True)])
 def test_logits_are_not_kept_for_the_backward_pass(small: int, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "SMALL", small)
     hidden, weight = random(10, 4).requires_grad_(), random(12, 4, seed=1).requires_grad_()
     saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(tuple(x.shape)), x)[1], lambda x: x):
-        score_actions(hidden, lambda x: x @ weight.T, torch.arange(10), temperature=1.0, entropy=True, chunk=5)
+        anchor = Anchor(random(10, 4, seed=2), lambda x: x @ weight.T, "to")
+        score_actions(hidden, lambda x: x @ weight.T, torch.arange(10), temperature=1.0, entropy=True, chunk=5, against=anchor)
     assert any(shape[-1:] == (12,) and len(shape) == 2 and shape[0] == 5 for shape in saved) == kept
 
 
@@ -98,14 +159,14 @@ def test_bfloat16_is_scored_in_float32_and_float64_stays() -> None:
     hidden, weight, actions = random(3, 4), random(12, 4, seed=1), torch.arange(3)
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
         w = weight.to(dtype)
-        found, surprise = score_actions(hidden.to(dtype), lambda x, w=w: x @ w.T, actions, temperature=1.0, entropy=False, chunk=2)
-        assert found.dtype == expected and surprise.isnan().all()
+        found, surprise, apart = score_actions(hidden.to(dtype), lambda x, w=w: x @ w.T, actions, temperature=1.0, entropy=False, chunk=2)
+        assert found.dtype == expected and surprise.isnan().all() and apart.isnan().all()
         exact = (hidden.to(dtype) @ w.T).double().log_softmax(-1)[actions, actions]
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-6)
 
 
 def test_no_actions_no_trouble() -> None:
-    found, surprise = score_actions(
+    found, surprise, _ = score_actions(
         torch.zeros(0, 4), lambda x: x @ torch.zeros(4, 6), torch.zeros(0, dtype=torch.long), temperature=1, entropy=True, chunk=2
     )
     assert found.shape == surprise.shape == (0,)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tilt.errors import UsageError
 from tilt.shapes import ActionIndex, PerAction
 
 BatchLogits = Float[Tensor, "*batch V"]
 Batch = Float[Tensor, "*batch"]
 BatchActions = Int[Tensor, "*batch"]
 ActionHidden = Float[Tensor, "A D"]
+OtherHidden = Float[Tensor, "A E"]
 
 SMALL = 2**24
 """Actions times vocabulary up to which the logits are kept for the backward pass (64 MiB in float32)."""
@@ -53,30 +57,76 @@ def k3(u: Tensor) -> Tensor:
     return torch.expm1(-u) + u
 
 
-def score_actions(
-    hidden: ActionHidden, head: Callable[[Tensor], Tensor], actions: ActionIndex, *, temperature: float, entropy: bool, chunk: int
-) -> tuple[PerAction, PerAction]:
-    """Log-probabilities of the actions, and entropies (NaN where not asked for), under softmax(head(hidden) / temperature).
+@dataclass(frozen=True)
+class Anchor:
+    """The distributions of another policy, as its hidden states before the actions and its head; they are rebuilt where they are needed.
 
-    The head runs on `chunk` actions at a time; with gradients and more than SMALL logits each chunk is recomputed in the
+    `direction` "to" measures KL(policy || anchor), "from" KL(anchor || policy). Nothing here receives a gradient.
+    """
+
+    hidden: OtherHidden
+    head: Callable[[Tensor], Tensor]
+    direction: Literal["to", "from"]
+
+
+class Scores(NamedTuple):
+    """What a vocabulary head says of actions, [A] each; NaN where it was not asked."""
+
+    logprobs: PerAction
+    entropy: PerAction
+    kl: PerAction
+
+
+def score_actions(
+    hidden: ActionHidden,
+    head: Callable[[Tensor], Tensor],
+    actions: ActionIndex,
+    *,
+    temperature: float,
+    entropy: bool,
+    chunk: int,
+    against: Anchor | None = None,
+) -> Scores:
+    """Log-probabilities of the actions under softmax(head(hidden) / temperature); where asked for entropies, and the exact KL with an anchor.
+
+    The heads run on `chunk` actions at a time; with gradients and more than SMALL logits each chunk is recomputed in the
     backward pass, so that the logits [A, V] never exist at once. The softmax is float32 at least, float64 for a float64 head.
     """
     assert temperature > 0 and chunk > 0
 
-    def score(part: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(part)
-        logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    def score(part: Tensor, chosen: Tensor, other: Tensor) -> Scores:
+        logits = _tempered(head(part), temperature)
         found = logprobs(logits, chosen)
-        return found, _entropy(logits) if entropy else torch.full_like(found, torch.nan).detach()
+        nan = torch.full_like(found, torch.nan).detach()
+        return Scores(
+            found, _entropy(logits) if entropy else nan, nan if against is None else _kl_with(against, other, logits, temperature)
+        )
 
+    others = hidden.new_zeros(len(actions), 0) if against is None else against.hidden
     if len(actions) == 0:
-        return score(hidden, actions)
+        return score(hidden, actions, others)
     recompute = torch.is_grad_enabled() and len(actions) * _width(head, hidden) > SMALL
     parts = [
-        checkpoint(score, h, a, use_reentrant=False) if recompute else score(h, a)
-        for h, a in zip(torch.split(hidden, chunk), torch.split(actions, chunk), strict=True)
+        checkpoint(score, *part, use_reentrant=False) if recompute else score(*part)
+        for part in zip(torch.split(hidden, chunk), torch.split(actions, chunk), torch.split(others, chunk), strict=True)
     ]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    return Scores(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+
+
+def _kl_with(anchor: Anchor, hidden: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """Exact KL between policy and anchor in the anchor's direction, with a gradient for the policy alone."""
+    with torch.no_grad():
+        other = _tempered(anchor.head(hidden), temperature)
+    if other.shape != logits.shape:
+        raise UsageError(
+            f"exact KL compares whole distributions, but the policy's vocabulary has {logits.shape[-1]} entries and the other's {other.shape[-1]}.\n"
+            "Name a reference with the same number, or use a penalty on the sampled tokens (k2, k3)."
+        )
+    return kl(logits, other) if anchor.direction == "to" else kl(other, logits)
 
 
 _entropy = entropy  # the function, where a parameter has its name

@@ -36,7 +36,7 @@ def likelihood(
             small = batch.take(part).to(device)
             hidden = policy.hidden(small)
             chosen = hidden[small.predictors]
-            logprobs, _ = score_actions(chosen, policy.head, small.actions, temperature=1.0, entropy=False, chunk=policy.chunk)
+            logprobs = score_actions(chosen, policy.head, small.actions, temperature=1.0, entropy=False, chunk=policy.chunk).logprobs
             total -= logprobs.double().sum().cpu()
             if len(stops):
                 likeliest = policy.head(chosen[small.layout.last]).argmax(-1).cpu()

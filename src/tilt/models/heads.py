@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tilt.data.packing import Pack
@@ -25,8 +26,8 @@ def hidden_states(model: PreTrainedModel, pack: Pack) -> Tensor:
     return compat.run_padded(body, batch.tokens, batch.mask).flatten(0, 1)[batch.place]
 
 
-def head_function(lm: PreTrainedModel) -> Head:
-    """Hidden states [N, D] → vocabulary scores [N, V], as this architecture computes them.
+def head_function(lm: PreTrainedModel, layer: nn.Module | None = None) -> Head:
+    """Hidden states [N, D] → vocabulary scores [N, V], as this architecture computes them, by the model's own layer or another.
 
     cohere: logits · logit_scale; granite: logits / logits_scaling; falcon-h1: logits · lm_head_multiplier; gemma: cap · tanh(logits / cap).
     """
@@ -39,8 +40,16 @@ def head_function(lm: PreTrainedModel) -> Head:
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
 
     def head(hidden: Tensor) -> Tensor:
-        logits = compat.head_of(lm)(hidden)
+        logits = (compat.head_of(lm) if layer is None else layer)(hidden)
         logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     return head
+
+
+def frozen_head(lm: PreTrainedModel) -> Head:
+    """The head as it is now, whatever training does: by a copy of its layer where that is trained."""
+    layer = compat.head_of(lm)
+    if any(p.requires_grad for p in layer.parameters()):
+        layer = copy.deepcopy(layer).requires_grad_(False)
+    return head_function(lm, layer)

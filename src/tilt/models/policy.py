@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tilt.data.packing import Pack
-from tilt.distributions import score_actions
+from tilt.distributions import Anchor, score_actions
 from tilt.errors import UsageError
 from tilt.models import agreement, compat
 from tilt.models.adapters import plain_copy
@@ -39,17 +39,24 @@ class Policy(nn.Module):
         """Vocabulary scores [N, V] of hidden states [N, D]."""
         return head_function(self.lm)(hidden)
 
-    def forward(self, pack: Pack, *, temperature: float = 1.0, entropy: bool = False, values: bool = False) -> Outputs:
-        """Log-probabilities of the actions at this temperature, [A]; entropies and values where asked, NaN elsewhere."""
+    @torch.no_grad()
+    def before_actions(self, pack: Pack) -> Tensor:
+        """Hidden states before the actions, [A, D], without a graph: what an anchor keeps of this policy."""
+        return self.hidden(pack)[pack.predictors]
+
+    def forward(
+        self, pack: Pack, *, temperature: float = 1.0, entropy: bool = False, values: bool = False, against: Anchor | None = None
+    ) -> Outputs:
+        """Log-probabilities of the actions at this temperature, [A]; entropies, values and the exact KL with an anchor where asked, NaN elsewhere."""
         hidden = self.hidden(pack)
-        logprobs, entropies = score_actions(
-            hidden[pack.predictors], self.head, pack.actions, temperature=temperature, entropy=entropy, chunk=self.chunk
+        scores = score_actions(
+            hidden[pack.predictors], self.head, pack.actions, temperature=temperature, entropy=entropy, chunk=self.chunk, against=against
         )
         if not values:
-            return Outputs.of(logprobs, entropy=entropies, sequences=pack.layout.sequences)
+            return Outputs.of(scores.logprobs, entropy=scores.entropy, kl=scores.kl, sequences=pack.layout.sequences)
         assert self.value_head is not None, "values are asked of a policy without a value head"
-        worth = self.value_head(hidden)[:, 0].to(logprobs.dtype)
-        return Outputs.of(logprobs, entropy=entropies, values=worth[pack.predictors], final=worth[pack.last_tokens])
+        worth = self.value_head(hidden)[:, 0].to(scores.logprobs.dtype)
+        return Outputs(*scores, values=worth[pack.predictors], final=worth[pack.last_tokens])
 
 
 def value_layer(model: PreTrainedModel) -> nn.Linear:
