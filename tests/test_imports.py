@@ -18,7 +18,7 @@ SOURCE = Path(tilt.__file__).parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "shapes", "segments", "distributions", "config"),
     ("objectives", "data", "optim"),
-    ("models", "rewards", "oracle", "tasks"),
+    ("models", "rewards", "oracle", "tasks", "parity"),
     ("sampling", "learning", "runs"),
     ("recipes", "inspect", "classic"),
     ("cli",),
@@ -76,6 +76,13 @@ def test_the_test_itself_refuses_an_upward_import() -> None:
     assert not may_import("data", "models")
     assert may_import("recipes", "objectives")
     assert may_import("rewards", "models")
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "parity").rglob("*.py")), ids=lambda p: p.name)
+def test_parity_is_mathematics_only(path: Path) -> None:
+    allowed = set(sys.stdlib_module_names) | {"torch", "jaxtyping", "tilt"}
+    assert {name.split(".")[0] for name in imported(path)} <= allowed
+    assert {name.split(".")[1] for name in imported(path) if name.startswith("tilt.")} <= {"parity", "objectives", *LEVELS[0]}
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "objectives").rglob("*.py")), ids=lambda p: p.name)
