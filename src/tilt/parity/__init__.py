@@ -2,11 +2,13 @@
 
 from tilt.parity.metrics import MicroBatch, rollout_metrics, update_metrics
 from tilt.parity.padded import WindowCredit, WindowLoss, window_credit, window_loss
+from tilt.parity.pairs import DEEPSPEED_PAIRS, PairQuirks, PairSpan, dpo_loss, end_scores, label_mask, span_loss, span_of, summed_logprobs
 from tilt.parity.presets import PRESETS, Preset
 from tilt.parity.quirks import CORRECTED, MEANING, Quirks
 from tilt.parity.window import Window, last_action, missing_stop, narrow, truncate, widen, window_of
 
 __all__ = [
-    "CORRECTED", "MEANING", "PRESETS", "MicroBatch", "Preset", "Quirks", "Window", "WindowCredit", "WindowLoss", "last_action", "missing_stop",
-    "narrow", "rollout_metrics", "truncate", "update_metrics", "widen", "window_credit", "window_loss", "window_of",
+    "CORRECTED", "DEEPSPEED_PAIRS", "MEANING", "PRESETS", "MicroBatch", "PairQuirks", "PairSpan", "Preset", "Quirks", "Window", "WindowCredit",
+    "WindowLoss", "dpo_loss", "end_scores", "label_mask", "last_action", "missing_stop", "narrow", "rollout_metrics", "span_loss", "span_of",
+    "summed_logprobs", "truncate", "update_metrics", "widen", "window_credit", "window_loss", "window_of",
 ]  # fmt: skip
