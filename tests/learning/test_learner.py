@@ -7,8 +7,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from tilt.data.packing import pack
+from tilt.data.rollouts import Prompt, Rollout
+from tilt.data.streams import Stream
 from tilt.learning import learner as module
+from tilt.learning.ema import Ema
 from tilt.learning.learner import Mismatch, NonFinite, Passes, movable
+from tilt.learning.pretraining import Pretraining
 from tilt.objectives import ALGORITHMS, Clip, NoPenalty, Objective, Rewards, Signals, TokenRatio
 
 ROWS = ["grpo", "dapo", "gspo", "gspo_token", "rloo", "rloo_clip", "ppo", "reinforce_pp", "dr_grpo", "cispo", "raft"]
@@ -261,3 +266,88 @@ def test_channels_keep_the_first_visit_and_the_last(make, batch, rewards):
     )
     assert torch.allclose(channels["ratio"][seen], (channels["new"] - before).exp()[seen], atol=1e-9)
     assert set(learner.update(batch, row.prepare(rewards, signals, batch.layout), row).channels) == {"first"}
+
+
+# --- pretraining beside, and the average of the weights ---------------------------------------------------------------------------
+
+
+def texts(count: int = 7) -> list[Rollout]:
+    """Texts of 2 to 8 tokens, every token but the first trained."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = [2 + i * 3 % 7 for i in range(count)]
+    return [
+        Rollout.demonstration(Prompt((), i), tuple(torch.randint(0, 20, (n,), generator=generator).tolist()), (False,) + (True,) * (n - 1))
+        for i, n in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("micro_tokens", [10_000, 9])
+def test_pretraining_adds_its_own_gradient_to_every_step(make, gradients, batch, rewards, micro_tokens):
+    """The gradient of each optimizer step is the policy's plus 27.8 times that of the texts' mean negative log-likelihood a token."""
+    row, settings = ALGORITHMS["dapo"], Passes(2, 1, micro_tokens)
+    alone, _, _ = gradients(make(settings), batch, rewards, row)
+    learner = make(settings)
+    learner.pretraining = Pretraining(Stream(texts(), 5), 3, 27.8)
+    beside, report, _ = gradients(learner, batch, rewards, row, temperature=1.0)
+    assert len(alone) == len(beside) == 2
+    given = learner.pretraining.texts.draw(0, 3)  # the spy counts no step
+    nll = -sum(learner.policy(pack([text])).logprobs.sum() for text in given) / sum(sum(text.sampled) for text in given)
+    truth = torch.cat([g.flatten() for g in torch.autograd.grad(nll, learner.optimizer.parameters)])
+    for plain, both in zip(alone, beside, strict=True):
+        assert torch.allclose(both - plain, 27.8 * truth, rtol=0, atol=1e-12 * 27.8) and float(truth.abs().max()) > 1e-3
+    assert report.metrics["pretrain/nll"] == pytest.approx(float(nll.detach()), abs=1e-12)
+
+
+def test_pretraining_reads_other_texts_each_step_at_temperature_one_and_rests_with_the_policy(make, batch, rewards):
+    row = ALGORITHMS["ppo"]
+    learner = make(Passes(2, 2), critic=True)
+    learner.pretraining = Pretraining(Stream(texts(), 5), 3, 0.1)
+    seen = []
+    forward = learner.policy.forward
+
+    def spy(small, **settings):
+        if "entropy" not in settings:
+            seen.append((small.tokens.tolist(), settings.get("temperature", 1.0)))
+        return forward(small, **settings)
+
+    experience = row.prepare(rewards, learner.evaluate(batch, row.needs, temperature=2.0), batch.layout)
+    learner.policy.forward = spy
+    learner.update(batch, experience, row, temperature=2.0, only_critic=True)
+    assert seen == []
+    learner.update(batch, experience, row, temperature=2.0)
+    assert [tokens for tokens, _ in seen] == [pack(Stream(texts(), 5).draw(k, 3)).tokens.tolist() for k in range(4)]
+    assert {temperature for _, temperature in seen} == {1.0}
+
+
+def test_a_pretraining_loss_that_is_not_finite_stops_the_update(make, batch, rewards, monkeypatch):
+    learner, row = make(), ALGORITHMS["dapo"]
+    learner.pretraining = Pretraining(Stream(texts(), 5), 3, 0.1)
+    monkeypatch.setattr(Pretraining, "nll", lambda *given: torch.tensor(torch.nan))
+    before = next(learner.policy.parameters()).clone()
+    with pytest.raises(NonFinite, match="the likelihood of the pretraining texts"):
+        learner.update(batch, row.prepare(rewards, learner.evaluate(batch, frozenset()), batch.layout), row)
+    assert torch.equal(next(learner.policy.parameters()), before)
+
+
+def test_the_average_of_the_weights_is_its_recursion(make, batch, rewards):
+    learner, row = make(Passes(2, 2, max_gap=1.0)), ALGORITHMS["dapo"]
+    learner.ema = Ema(learner.policy.lm, 0.9)
+    truth = [p.detach().clone() for p in learner.policy.parameters()]
+    step = learner.optimizer.step
+
+    def counted():
+        norm = step()
+        for kept, weight in zip(truth, learner.policy.parameters(), strict=True):
+            kept.copy_(0.9 * kept + 0.1 * weight.detach())
+        return norm
+
+    learner.optimizer.step = counted
+    for _ in range(3):
+        learner.update(batch, row.prepare(rewards, learner.evaluate(batch, row.needs), batch.layout), row)
+    assert learner.optimizer.steps == 12
+    assert all(torch.allclose(kept, average, rtol=0, atol=1e-15) for kept, average in zip(truth, learner.ema.weights, strict=True))
+    assert any(not torch.allclose(a, p) for a, p in zip(learner.ema.weights, learner.policy.parameters(), strict=True))
+    own = [p.detach().clone() for p in learner.policy.parameters()]
+    with learner.ema.applied():
+        assert all(torch.equal(a, p) for a, p in zip(learner.ema.weights, learner.policy.parameters(), strict=True))
+    assert all(torch.equal(a, p) for a, p in zip(own, learner.policy.parameters(), strict=True))

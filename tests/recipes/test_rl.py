@@ -57,9 +57,10 @@ def test_several_passes_and_minibatches_run(run_rl, metrics, name):
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
 
-def test_every_metric_has_a_line_in_the_glossary(run_rl, run_sft, metrics):
+def test_every_metric_has_a_line_in_the_glossary(run_rl, run_sft, metrics, rows):
     known = {name.replace("<part>", "variety") for name in GLOSSARY}
-    for result in (run_rl(algorithm="ppo", measure=[variety]), run_sft(reward=variety, eval={"every": 1})):
+    beside = {"pretrain_data": {"source": str(rows), "read_as": "sft", "batch": 4}, "pretrain_coefficient": 1.0, "ema": 0.9}
+    for result in (run_rl(algorithm="ppo", measure=[variety], **beside), run_sft(reward=variety, eval={"every": 1})):
         seen = {name for line in metrics(result) for name in line} - {"step", "time"}
         assert sorted(seen - known) == []
 
@@ -249,6 +250,34 @@ def test_with_an_adapter_the_reference_is_exact(run_rl, metrics, trained):
     assert abs(lines[-1]["eval/kl"]) > 1e-4
 
 
+# --- pretraining beside, and the average of the weights --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_the_average_of_the_weights_is_a_model_beside_the_checkpoint(run_rl, metrics, trained, lora):
+    policy, _ = trained
+    result = run_rl(model=str(policy), ema=0.5, lora=lora, optimizer={"lr": 1e-2}, steps=1)
+    start, end, average = (load(place)[0].state_dict() for place in (policy, result.checkpoint, result.checkpoint / "ema"))
+    assert any(not torch.equal(average[name], end[name]) for name in start)
+    if lora is None:  # one step: halfway
+        assert all(torch.allclose(average[name], (start[name] + end[name]) / 2, atol=1e-6) for name in start)
+    again = run_rl(model=str(result.checkpoint / "ema"), steps=1)
+    assert metrics(again)[0]["eval/reward"] == pytest.approx(metrics(result)[-1]["eval/ema_reward"], abs=1e-6)
+    assert not (run_rl(steps=1).checkpoint / "ema").exists()
+
+
+def test_pretraining_beside_is_measured_and_changes_what_is_learned(run_rl, metrics, rows):
+    texts = {"source": str(rows), "read_as": "sft", "batch": 4}
+    plainly, beside = run_rl(), run_rl(pretrain_data=texts, pretrain_coefficient=27.8)
+    first, *_, last = metrics(beside)
+    assert first["pretrain/nll"] > 0 and last["eval/pretrain_perplexity"] == pytest.approx(math.exp(last["eval/pretrain_nll"]))
+    assert last["eval/pretrain_nll"] < first["eval/pretrain_nll"] and "eval/pretrain_nll" not in metrics(plainly)[0]
+    assert "pieces to pretrain on, 4 an optimizer step, weight 27.8" in beside.directory.log.read_text()
+    assert "eval/pretrain_nll" not in metrics(run_rl(pretrain_data=texts | {"held_out": 0.0}, pretrain_coefficient=1.0))[0]
+    with pytest.raises(UsageError, match="pretrain_data.batch 1000"):
+        run_rl(pretrain_data=texts | {"batch": 1000}, pretrain_coefficient=1.0)
+
+
 # --- precision ------------------------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +303,9 @@ def test_bfloat16_on_a_processor(run_rl, metrics, name):
         ({"critic_warmup": 2}, "leaves no step"),
         ({"reward": "nowhere.py:score"}, "there is no reward file"),
         ({"reward": [{"lenth": 3}, {"exact": {}, "weight": "much"}]}, "(?s)unknown key.*lenth.*expected a finite number"),
+        ({"pretrain_coefficient": 1.0}, "pretrain_data and pretrain_coefficient go together"),
+        ({"pretrain_data": "texts.txt"}, "pretrain_data and pretrain_coefficient go together"),
+        ({"ema": 1.0}, "less than 1"),
         ({"measure": "exact:3"}, "does not name a reward function"),
     ],
 )

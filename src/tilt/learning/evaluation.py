@@ -55,10 +55,11 @@ class Assessment:
     rewards: Rewards
     measured: Mapping[str, Tensor] = field(default_factory=dict)
     kl: float = float("nan")
+    more: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Mean reward with its standard error over prompts, each part's mean, what was only measured, sequence KL to the reference, length, truncation, distinct-2."""
+        """Mean reward with its standard error over prompts, each part's mean, what was only measured, sequence KL to the reference, length, truncation, distinct-2, and `more`."""
         total = self.rewards.total[self.rewards.scored]
         lengths = [sum(r.sampled) for r in self.rollouts]
         found = {
@@ -74,7 +75,7 @@ class Assessment:
                 kept = value[~value.isnan()]
                 if len(kept):
                     found |= {f"{kind}/{name}": float(kept.mean()), f"{kind}/{name}_std": float(kept.std()) if len(kept) > 1 else 0.0}
-        return found | ({} if math.isnan(self.kl) else {"kl": self.kl})
+        return found | ({} if math.isnan(self.kl) else {"kl": self.kl}) | dict(self.more)
 
 
 def assess(

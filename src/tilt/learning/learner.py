@@ -12,7 +12,9 @@ from torch import Tensor
 
 from tilt.data.packing import Pack
 from tilt.errors import NumericError
+from tilt.learning.ema import Ema
 from tilt.learning.meter import Meter
+from tilt.learning.pretraining import Pretraining
 from tilt.models.policy import Critic, Policy
 from tilt.objectives import Experience, Layout, NoPenalty, Objective, Outputs, Signals, TokenRatio
 from tilt.optim.optimizers import Optimizer, clip
@@ -75,7 +77,10 @@ class Mismatch(NumericError):
 
 
 class Learner:
-    """The trained models with their optimizers. `reference` opens a context in which the returned policy is the KL anchor (LoRA: adapter off)."""
+    """The trained models with their optimizers. `reference` opens a context in which the returned policy is the KL anchor (LoRA: adapter off).
+
+    `pretraining` adds its loss to every optimizer step of the policy; `ema` follows each.
+    """
 
     def __init__(
         self,
@@ -88,8 +93,10 @@ class Learner:
         settings: Passes = Passes(),
         seed: int = 0,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        pretraining: Pretraining | None = None,
+        ema: Ema | None = None,
     ) -> None:
-        self.policy, self.optimizer = policy, optimizer
+        self.policy, self.optimizer, self.pretraining, self.ema = policy, optimizer, pretraining, ema
         self.reference, self.critic, self.critic_optimizer = reference, critic, critic_optimizer
         self.settings, self.seed, self.autocast = settings, seed, autocast
         self.version = 0
@@ -173,6 +180,8 @@ class Learner:
                 channels.put(micro, said, share, objective, scale)
             if updates == 0:
                 meter.add(self._trusted(gaps))
+            if self.pretraining is not None and not only_critic:
+                meter.add({"pretrain/nll": (self._pretrain(self.pretraining), torch.ones(()))})
             self._step(meter, small, only_critic)
             updates += 1
         self.version += updates > 0
@@ -220,8 +229,23 @@ class Learner:
             if not torch.isfinite(norm):
                 raise NonFinite("the gradient of the policy", small)
             meter.add({"grad_norm": (norm, torch.ones(()))})
+            if self.ema is not None:
+                self.ema.follow()
         if self.critic_optimizer is not None:
             meter.add({"critic/grad_norm": (self.critic_optimizer.step(), torch.ones(()))})
+
+    def _pretrain(self, given: Pretraining) -> Tensor:
+        """Add the gradient of the texts' loss; their mean negative log-likelihood, nats a token."""
+        texts, total = given.draw(self.optimizer.steps), torch.zeros((), device=self.device)
+        for part in texts.split(self.settings.micro_tokens):
+            small = share_of(texts, part).to(self.device)
+            with self.autocast():
+                nll = given.nll(self.policy, small, texts.layout.actions)
+            if not torch.isfinite(nll):
+                raise NonFinite("the likelihood of the pretraining texts", small)
+            (given.coefficient * nll).backward()  # type: ignore[no-untyped-call]
+            total += nll.detach()
+        return total
 
     def _pass_over(self, only_critic: bool) -> None:
         """A step that has nothing to train on still counts for the schedules, which end with the run."""

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tilt.errors import NumericError
+from tilt.learning.ema import Ema
 from tilt.learning.learner import NonFinite
 from tilt.models import compat
 from tilt.models.policy import Critic, Policy
@@ -41,9 +42,13 @@ def saved(directory: RunDirectory, step: int, write: Callable[[Path], None], wan
     return checkpoints.save(directory.checkpoints, step, write) if wanted else directory.path
 
 
-def write_policy(policy: Policy, tokenizer: Any, critic: Critic | None, place: Path) -> None:
-    """The policy as an ordinary folder; beside it what its critic knows: `value_head.safetensors` of a shared body, or `critic/` (a body with its head)."""
+def write_policy(policy: Policy, tokenizer: Any, critic: Critic | None, ema: Ema | None, place: Path) -> None:
+    """The policy as an ordinary folder; beside it what its critic knows: `value_head.safetensors` of a shared body, or `critic/` (a body with its head);
+    and the average of its weights as a folder like its own, `ema/`."""
     save(policy.lm, tokenizer, place)
+    if ema is not None:
+        with ema.applied():
+            save(policy.lm, tokenizer, place / "ema")
     if policy.value_head is not None:
         _write_head(policy.value_head, place)
     if critic is not None:

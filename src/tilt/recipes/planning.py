@@ -112,6 +112,7 @@ def reinforcement(config: rl_settings.Config) -> list[str]:
     if config.prompts > len(prompts):
         raise UsageError(f"prompts {config.prompts}: the data have only {len(prompts)} training prompts; set prompts to at most that")
     held, critic = _held(config, objective, found, policy, shared)
+    average = {} if config.ema is None else {"average of the weights": _parameters(policy)[1]}
     rehearsed = [] if config.reward is None else [_rehearsed(config, found, prompts, config.missing_stop_penalty)]
     measured = _try(
         lambda batch: -policy(batch).logprobs.sum(),
@@ -123,16 +124,19 @@ def reinforcement(config: rl_settings.Config) -> list[str]:
     answers, longest = config.prompts * config.samples, config.sampling.max_tokens
     asked = sum(len(p.tokens) for p in prompts) / len(prompts)
     tokens = round(config.prompts * asked + answers * longest)
+    beside = (
+        0 if config.pretrain_data is None else config.pretrain_data.batch * config.pretrain_data.length * config.passes * config.minibatches
+    )
     passes = config.passes * (1 + (critic > 0)) + FORWARD * (
         len(held) + ("old" in objective.needs) * (config.passes * config.minibatches > 1)
     )
     drawing = _generation(config, found, policy, prompts, sampling_of(config.sampling, found.render))
-    each = drawing + tokens * passes * measured.seconds
+    each = drawing + (tokens * passes + beside) * measured.seconds
     return [
         *_opening(config, Path(name.rpartition(":")[0] or name).stem, found, policy),
         *rehearsed,
         *_shown([_asked(p, found.tokenizer) for p in prompts[:2]]),
-        *_memory(config, policy, measured, tokens, held, critic),
+        *_memory(config, policy, measured, tokens, held | average, critic),
         f"steps      {config.steps} of {config.prompts} prompts × {config.samples} answers of at most {longest} tokens: at most {tokens:,} tokens a step; "
         f"{config.passes * config.minibatches} optimizer steps each; {config.steps * config.prompts / len(prompts):.1f} passes over the {len(prompts):,} prompts",
         f"time       at most about {duration(config.steps * each)}: {config.steps} steps × {each:.2f} s, of which {drawing:.2f} s to generate, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -67,9 +67,9 @@ class Recorder:
             keep_rollouts(self.directory, self.journal, step, answers, experience, objective, report, self.tokenizer)
         return metrics
 
-    def finish(self, taken: int, last: Assessment) -> None:
-        """The last evaluation, and how many of the batches moved nothing."""
-        self.journal.step(taken, evaluated(last))
+    def finish(self, taken: int, last: Assessment, more: Mapping[str, float]) -> None:
+        """The last evaluation with what else was measured at the end, and how many of the batches moved nothing."""
+        self.journal.step(taken, evaluated(last) | {f"eval/{name}": value for name, value in more.items()})
         why = ": nothing in them could move the weights (every group earned the same)" if self.skipped else ""
         self.journal.note(f"skipped    {self.skipped} of {taken} batches{why}")
 

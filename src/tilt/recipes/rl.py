@@ -16,13 +16,16 @@ from tilt.data.packing import pack
 from tilt.data.rollouts import Prompt, Rollout
 from tilt.data.streams import Stream
 from tilt.errors import UsageError
+from tilt.learning.ema import Ema
 from tilt.learning.evaluation import Assessment
 from tilt.learning.learner import Learner, Passes
+from tilt.learning.pretraining import Pretraining
 from tilt.models import compat
 from tilt.models.policy import Policy
 from tilt.objectives import Objective, Signals, card
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import opening, planning, roles
+from tilt.recipes.companion import companion
 from tilt.recipes.finishing import Result, keeping, saved, write_policy
 from tilt.recipes.rehearsal import rehearse
 from tilt.recipes.reporting import Answers, Clock, Recorder
@@ -107,7 +110,7 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
         if config.save_every and taken % config.save_every == 0 and taken < config.steps:
             checkpoints.save(directory.checkpoints, taken, parts.write)
     last = parts.trial()
-    recorder.finish(taken, last)
+    recorder.finish(taken, last, averaged(parts))
     return first, last, taken
 
 
@@ -120,6 +123,15 @@ def wanted(objective: Objective, config: Config, settings: Passes) -> frozenset[
 def critic_warmup(config: Config, objective: Objective) -> int:
     """First steps in which only the critic learns: none where there is no critic."""
     return config.critic_warmup if objective.value.needs else 0
+
+
+def averaged(parts: Parts) -> dict[str, float]:
+    """What the average of the weights earns on the held-out prompts, and its KL; nothing where no average is kept."""
+    if parts.learner.ema is None:
+        return {}
+    with parts.learner.ema.applied():
+        found = parts.trial().metrics
+    return {f"ema_{name}": found[name] for name in ("reward", "kl") if name in found}
 
 
 def ended(signals: Signals) -> Signals:
@@ -178,19 +190,20 @@ def _open(config: Config, ending: ExitStack) -> Opened:
     if also is not None:
         ending.callback(also.close)
     anchor, modules = roles.reference(config, policy, tokenizer, device)
-    learner = _learner(config, objective, policy, anchor, roles.critic(config, policy, objective, judged, device), device)
+    texts = companion(config, policy, tokenizer, device)
+    learner = _learner(config, objective, policy, anchor, roles.critic(config, policy, objective, judged, device), texts.loss, device)
     sampling = sampling_of(config.sampling, render)
     trial = Trial.of(policy, tokenizer, held or prompts, judged, sampling, config.eval, seed=config.seed, slots=config.sampling.slots)
-    trial = replace(trial, also=also, divergence=divergence(learner, config.eval.temperature))
+    trial = replace(trial, also=also, divergence=divergence(learner, config.eval.temperature), more=texts.measure)
     sampler = Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots)
     for scorer in (judged, also):
         if scorer is not None:
             rehearse(scorer, sampler, prompts)
     modules |= {f"reward model {i}": m for i, (m, _) in enumerate(judged.models)}
     modules |= {f"measuring model {i}": m for i, (m, _) in enumerate(also.models if also else ())}
-    write = partial(write_policy, policy, tokenizer, learner.critic)
+    write = partial(write_policy, policy, tokenizer, learner.critic, learner.ema)
     lines = [
-        opening.headline(model, policy, device, config), *rows.notes, f"           {render.summary()}",
+        opening.headline(model, policy, device, config), *rows.notes, f"           {render.summary()}", *texts.notes,
         *([] if held else ["           nothing is held out: evaluations ask training prompts"]),
         f"algorithm  {name}: {objective!r}",
         f"steps      {config.steps} of {config.prompts} prompts × {config.samples} answers; {learner.settings.steps} optimizer steps each",
@@ -201,8 +214,9 @@ def _open(config: Config, ending: ExitStack) -> Opened:
 
 
 def _learner(
-    config: Config, objective: Objective, policy: Policy, anchor: roles.Anchor, critic: roles.Critic | None, device: torch.device
-) -> Learner:
+    config: Config, objective: Objective, policy: Policy, anchor: roles.Anchor, critic: roles.Critic | None, texts: Pretraining | None,
+    device: torch.device,
+) -> Learner:  # fmt: skip
     """The learner, with an optimizer for the policy and one for a critic of its own, each with the schedule of the steps in which it learns."""
     settings = config.optimizer.settings()
     passes = Passes(config.passes, config.minibatches, config.micro_tokens, config.max_mismatch)
@@ -210,7 +224,8 @@ def _learner(
     own = None if critic is None else Optimizer(critic, replace(settings, lr=config.critic_lr or settings.lr), config.steps * passes.steps)
     return Learner(
         policy, Optimizer(policy, settings, learning * passes.steps), reference=anchor, critic=critic, critic_optimizer=own, settings=passes,
-        seed=config.seed, autocast=opening.precision(config, device),
+        seed=config.seed, autocast=opening.precision(config, device), pretraining=texts,
+        ema=None if config.ema is None else Ema(policy.lm, config.ema),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tilt.recipes.settings import Count, Evaluation, Reward, Sampling, Training
+from tilt.recipes.settings import Count, Evaluation, Reward, Sampling, Texts, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.variants import resolve
 
@@ -28,6 +28,20 @@ class Config(Training):
     ] = "auto"
     critic_lr: Annotated[float | None, Field(gt=0.0, description="the critic's learning rate; without it the policy's")] = None
     critic_warmup: Annotated[int, Field(ge=0, description="first steps in which only the critic learns")] = 0
+    pretrain_data: Annotated[
+        Texts | None, Field(description="texts whose likelihood every optimizer step raises too, against forgetting (PPO-ptx)")
+    ] = None
+    pretrain_coefficient: Annotated[
+        float, Field(ge=0.0, description="what their mean negative log-likelihood a token weighs in the loss; InstructGPT has 27.8")
+    ] = 0.0
+    ema: Annotated[
+        float | None,
+        Field(
+            gt=0.0,
+            lt=1.0,
+            description="decay of a moving average of the policy's weights, saved beside it as ema/; DeepSpeed-Chat has 0.992",
+        ),
+    ] = None
     steps: Count = 200
     prompts: Annotated[int, Field(ge=1, description="prompts a step")] = 32
     samples: Annotated[int, Field(ge=1, description="answers to each prompt")] = 8
@@ -73,6 +87,10 @@ class Config(Training):
             )
         if self.critic_warmup >= self.steps:
             problems.append(f"critic_warmup {self.critic_warmup} leaves no step of {self.steps} for the policy; set it below steps")
+        if (self.pretrain_data is None) != (self.pretrain_coefficient == 0):
+            problems.append(
+                "pretrain_data and pretrain_coefficient go together: set both (a coefficient of 27.8 is InstructGPT's), or neither"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self

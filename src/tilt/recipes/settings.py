@@ -94,6 +94,25 @@ class Data(Section):
         return {"source": given} if isinstance(given, str | Path) else given
 
 
+class Texts(Section):
+    """Texts that are trained on beside something else: where they come from, and how many an optimizer step."""
+
+    source: Annotated[str, Field(description="a file, a folder, a public set's name, or hf:org/name[:config][@split]")]
+    columns: Annotated[dict[str, str], Field(description="{name that Tilt reads: column of the data}")] = {}
+    read_as: Annotated[
+        Literal["text", "sft", "preference"],
+        Field(description="what a row holds: a text, a prompt with its answer, or a prompt with two (each a text)"),
+    ] = "text"
+    held_out: Annotated[Share, Field(description="share of the texts kept to be measured at every evaluation; 0 measures nothing")] = 0.1
+    length: Annotated[int, Field(ge=2, description="longest piece of a text, in tokens; never more than the model's context")] = 256
+    batch: Annotated[int, Field(ge=1, description="pieces an optimizer step")] = 32
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, given: object) -> object:
+        return {"source": given} if isinstance(given, str | Path) else given
+
+
 def _readable(reward: Any) -> Any:
     """A reward that can be had: every part of it parses, and the files that it names are there."""
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ class Trial:
     samples: int
     also: Scoring | None = None
     divergence: Callable[[Sequence[Rollout]], float] = lambda rollouts: float("nan")
+    more: Callable[[], Mapping[str, float]] = dict
 
     @staticmethod
     def of(
@@ -52,4 +53,4 @@ class Trial:
     def __call__(self) -> Assessment:
         found = assess(self.sampler, self.prompts, self.scoring, self.scoring.read, samples=self.samples, sampling=self.sampling)
         measured = {} if self.also is None else self.also(found.rollouts).parts
-        return replace(found, measured=measured, kl=self.divergence(found.rollouts))
+        return replace(found, measured=measured, kl=self.divergence(found.rollouts), more=self.more())
