@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tilt.errors import UsageError
+from tilt.kept import Kept
 from tilt.shapes import ActionIndex, PerAction
 
 BatchLogits = Float[Tensor, "*batch V"]
@@ -86,29 +87,32 @@ def score_actions(
     entropy: bool,
     chunk: int,
     against: Anchor | None = None,
+    kept: Kept | None = None,
 ) -> Scores:
     """Log-probabilities of the actions under softmax(head(hidden) / temperature); where asked for entropies, and the exact KL with an anchor.
 
-    The heads run on `chunk` actions at a time; with gradients and more than SMALL logits each chunk is recomputed in the
+    All three are of the distributions renormalised over each action's kept set, where there are some; the sets become a mask [chunk, V] for one
+    chunk at a time. The heads run on `chunk` actions at a time; with gradients and more than SMALL logits each chunk is recomputed in the
     backward pass, so that the logits [A, V] never exist at once. The softmax is float32 at least, float64 for a float64 head.
     """
     assert temperature > 0 and chunk > 0
 
-    def score(part: Tensor, chosen: Tensor, other: Tensor) -> Scores:
-        logits = _tempered(head(part), temperature)
+    def score(part: Tensor, chosen: Tensor, other: Tensor, sets: Kept | None) -> Scores:
+        logits = _within(sets, _tempered(head(part), temperature))
         found = logprobs(logits, chosen)
         nan = torch.full_like(found, torch.nan).detach()
         return Scores(
-            found, _entropy(logits) if entropy else nan, nan if against is None else _kl_with(against, other, logits, temperature)
+            found, _entropy(logits) if entropy else nan, nan if against is None else _kl_with(against, other, logits, sets, temperature)
         )
 
     others = hidden.new_zeros(len(actions), 0) if against is None else against.hidden
     if len(actions) == 0:
-        return score(hidden, actions, others)
+        return score(hidden, actions, others, None)
     recompute = torch.is_grad_enabled() and len(actions) * _width(head, hidden) > SMALL
+    ragged = [torch.split(x, chunk) for x in (hidden, actions, others)]
     parts = [
         checkpoint(score, *part, use_reentrant=False) if recompute else score(*part)
-        for part in zip(torch.split(hidden, chunk), torch.split(actions, chunk), torch.split(others, chunk), strict=True)
+        for part in zip(*ragged, _sets(kept, len(actions), chunk), strict=True)
     ]
     return Scores(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
@@ -117,8 +121,12 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
 
 
-def _kl_with(anchor: Anchor, hidden: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """Exact KL between policy and anchor in the anchor's direction, with a gradient for the policy alone."""
+def _within(sets: Kept | None, logits: Tensor) -> Tensor:
+    return logits if sets is None else sets.restrict(logits)
+
+
+def _kl_with(anchor: Anchor, hidden: Tensor, logits: Tensor, sets: Kept | None, temperature: float) -> Tensor:
+    """Exact KL between policy and anchor in the anchor's direction, both within the same sets, with a gradient for the policy alone."""
     with torch.no_grad():
         other = _tempered(anchor.head(hidden), temperature)
     if other.shape != logits.shape:
@@ -126,10 +134,17 @@ def _kl_with(anchor: Anchor, hidden: Tensor, logits: Tensor, temperature: float)
             f"exact KL compares whole distributions, but the policy's vocabulary has {logits.shape[-1]} entries and the other's {other.shape[-1]}.\n"
             "Name a reference with the same number, or use a penalty on the sampled tokens (k2, k3)."
         )
+    other = _within(sets, other)
     return kl(logits, other) if anchor.direction == "to" else kl(other, logits)
 
 
 _entropy = entropy  # the function, where a parameter has its name
+
+
+def _sets(kept: Kept | None, actions: int, chunk: int) -> list[Kept | None]:
+    """The kept sets of each chunk; None where nothing is left out."""
+    starts = range(0, actions, chunk)
+    return [None if kept is None or not kept.narrows else kept.part(i, min(i + chunk, actions)) for i in starts]
 
 
 def _width(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:

@@ -57,6 +57,23 @@ def test_several_passes_and_minibatches_run(run_rl, metrics, name):
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
 
+@pytest.mark.parametrize("cut", [{"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.7, "temperature": 0.8}], ids=str)
+def test_truncated_training_answers_are_scored_within_their_kept_sets(run_rl, metrics, cut):
+    """The ratio is exactly 1 before the first step, the sampler agrees, and the store gives each token its set."""
+    result = run_rl(algorithm="ppo", sampling={"max_tokens": 6, "keep_sets": True, **cut}, passes=2, steps=1)
+    first = metrics(result)[0]
+    assert (
+        first["val/first_gap"] == 0.0
+        and first["sampler/logprob_gap_max"] < 1e-4
+        and 1 < first["sampler/kept_mean"] <= cut.get("top_k", 270)
+    )
+    rows = rollout_store.read(rollout_store.path_of(result.directory.rollouts, 0))
+    for row in rows:
+        kept = rollout_store.kept_of(row)
+        assert kept is not None and len(kept) == len(row["ids"])
+        assert all(token in among and sorted(among) == among for token, among in zip(row["ids"], row["kept"], strict=True))
+
+
 def test_every_metric_has_a_line_in_the_glossary(run_rl, run_sft, metrics, rows):
     known = {name.replace("<part>", "variety") for name in GLOSSARY}
     beside = {"pretrain_data": {"source": str(rows), "read_as": "sft", "batch": 4}, "pretrain_coefficient": 1.0, "ema": 0.9}
@@ -295,7 +312,8 @@ def test_bfloat16_on_a_processor(run_rl, metrics, name):
     ("settings", "words"),
     [
         ({"samples": 1}, "samples=1 gives no signal"),
-        ({"sampling": {"top_k": 5}}, "top_k and top_p cannot be used"),
+        ({"sampling": {"top_k": 5}}, "top_k in training answers.*Set sampling.keep_sets: true"),
+        ({"sampling": {"top_k": 5, "keep_sets": True, "temperature": 0.0}}, "temperature"),
         ({"algorithm": "rloo", "passes": 2}, "set passes to 1"),
         ({"algorithm": "rloo", "minibatches": 2}, "set minibatches to 1"),
         ({"minibatches": 17}, "more than the 16 answers"),

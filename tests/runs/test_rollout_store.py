@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -133,6 +135,19 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert a["advantage"] == pytest.approx(0.7) and a["dropped_reason"] is None and a["seed"] == [0, 1, 7, 0]
     assert a["sampler_logprobs"][0] == -1 and np.isnan(a["sampler_logprobs"][1]) and a["sampler_logprobs"][2] == -2
     assert a["clip"] == [1, None, 0] and b["clip"] == [-1, 2]
+
+
+def test_kept_sets_come_back_per_sampled_token(tmp_path: Path) -> None:
+    """An answer with sets, one without, and a token that was not sampled; no column where nobody has any."""
+    from tilt.kept import Kept
+
+    rows, _ = table()
+    narrowed = replace(rows.rollouts[0], kept=Kept.of([[3, 900_000], []]))
+    a, b = rollout_store.read(rollout_store.write(tmp_path, 1, replace(rows, rollouts=[narrowed, rows.rollouts[1]])))
+    assert a["kept"] == [[3, 900_000], [], []] and b["kept"] == [[], []]
+    assert rollout_store.kept_of(a) == narrowed.kept and rollout_store.kept_of(b) is None
+    c, _ = rollout_store.read(rollout_store.write(tmp_path, 2, rows))
+    assert "kept" not in c and rollout_store.kept_of(c) is None
 
 
 def test_the_file_states_its_schema(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tilt.data.rollouts import Rollout
+from tilt.kept import Kept
 from tilt.segments import Layout
 
 
@@ -37,7 +38,7 @@ class Pack:
     Worked example: prompt 5 6, sampled 7 8 E → tokens 5 6 7 8 E, positions 0 1 2 3 4, predictors 1 2 3, actions 7 8 E.
     A second answer 9 E to the same prompt adds tokens 9 E at positions 2 3, predictors 1 5, actions 9 E.
     `own` [S] is the segment of each sequence: a child of its prompt's segment, or a root where the prompt is empty.
-    `sampler` [A] holds the sampler's log-probabilities (NaN for demonstrations).
+    `sampler` [A] holds the sampler's log-probabilities (NaN for demonstrations), `kept` the tokens that each action was chosen among.
     """
 
     tokens: Tensor
@@ -48,6 +49,7 @@ class Pack:
     layout: Layout
     own: Tensor
     sampler: Tensor
+    kept: Kept
 
     @property
     def last_tokens(self) -> Tensor:
@@ -76,6 +78,7 @@ class Pack:
         return Pack(
             self.tokens[tokens], self.positions[tokens], Segments(start, length, parent), moved[self.predictors[actions]],
             self.actions[actions], self.layout.take(sequences), torch.arange(len(roots), len(kept), device=kept.device), self.sampler[actions],
+            self.kept.take(actions),
         )  # fmt: skip
 
     def split(self, budget: int, sequences: Tensor | None = None) -> list[Tensor]:
@@ -104,6 +107,7 @@ class Pack:
         return Pack(
             self.tokens.to(device), self.positions.to(device), self.segments.to(device), self.predictors.to(device),
             self.actions.to(device), self.layout.to(device), self.own.to(device), self.sampler.to(device),
+            self.kept.to(device),
         )  # fmt: skip
 
 
@@ -155,4 +159,12 @@ def pack(rollouts: Sequence[Rollout]) -> Pack:
         layout=Layout.of(torch.from_numpy(counts), torch.from_numpy(group_of)),
         own=torch.from_numpy(own),
         sampler=torch.from_numpy(logprobs[chosen]).to(torch.get_default_dtype()),
+        kept=sets_of(rollouts, len(chosen)),
     )
+
+
+def sets_of(rollouts: Sequence[Rollout], actions: int) -> Kept:
+    """The kept sets of the sampled tokens of all rollouts, in order."""
+    if all(rollout.kept is None for rollout in rollouts):
+        return Kept.whole(actions)
+    return Kept.join([Kept.whole(sum(rollout.sampled)) if rollout.kept is None else rollout.kept for rollout in rollouts])

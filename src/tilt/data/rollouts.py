@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tilt.kept import Kept
+
 Stop = Literal["stop", "length", "abort"]
 
 
@@ -13,7 +15,9 @@ Stop = Literal["stop", "length", "abort"]
 class Sampling:
     """Settings under which an answer is sampled. They travel with it, and it is scored under the same ones.
 
-    `top_k` 0 and `top_p` 1 switch truncation off; a truncated distribution is for evaluation only. `temperature` 0 is greedy.
+    Truncation keeps the `top_k` likeliest tokens, then the smallest set of those that holds `top_p` of their mass, then the tokens at least
+    `min_p` times as likely as the likeliest; 0, 1 and 0 switch it off. `temperature` 0 is greedy. With `keep_sets` a rollout carries the set
+    that each token was chosen among, and its log-probabilities are of the truncated, renormalised distribution: it can be scored again.
     """
 
     temperature: float = 1.0
@@ -22,11 +26,18 @@ class Sampling:
     stop_strings: tuple[str, ...] = ()
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    keep_sets: bool = False
 
     @property
     def truncated(self) -> bool:
         """Whether the distribution sampled from is not the model's whole distribution at this temperature."""
-        return self.temperature == 0 or self.top_k > 0 or self.top_p < 1
+        return self.temperature == 0 or self.narrows
+
+    @property
+    def narrows(self) -> bool:
+        """Whether fewer than all tokens may be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,8 @@ class Prompt:
 class Rollout:
     """One answer: every token after the prompt, which of them the policy chose, how likely the sampler found them (NaN where not chosen), and why it ended.
 
-    `seed` = (run seed, step, prompt id, sample number) keys the randomness; `version` counts the weights that sampled it.
+    `seed` = (run seed, step, prompt id, sample number) keys the randomness; `version` counts the weights that sampled it. `kept` has one set for
+    each token that the policy chose: what it was chosen among; None where that was the whole vocabulary throughout.
     """
 
     prompt: Prompt
@@ -53,9 +65,11 @@ class Rollout:
     sampling: Sampling
     version: int = 0
     seed: tuple[int, int, int, int] = (0, 0, 0, 0)
+    kept: Kept | None = None
 
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.sampled) == len(self.logprobs), "one flag and one log-probability per token"
+        assert self.kept is None or len(self.kept) == sum(self.sampled), "one kept set per sampled token"
 
     @staticmethod
     def demonstration(prompt: Prompt, tokens: tuple[int, ...], trained: tuple[bool, ...] | None = None) -> Rollout:

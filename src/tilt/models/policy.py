@@ -47,10 +47,20 @@ class Policy(nn.Module):
     def forward(
         self, pack: Pack, *, temperature: float = 1.0, entropy: bool = False, values: bool = False, against: Anchor | None = None
     ) -> Outputs:
-        """Log-probabilities of the actions at this temperature, [A]; entropies, values and the exact KL with an anchor where asked, NaN elsewhere."""
+        """Log-probabilities of the actions at this temperature, [A]; entropies, values and the exact KL with an anchor where asked, NaN elsewhere.
+
+        All are of the distributions within the kept sets of the pack.
+        """
         hidden = self.hidden(pack)
         scores = score_actions(
-            hidden[pack.predictors], self.head, pack.actions, temperature=temperature, entropy=entropy, chunk=self.chunk, against=against
+            hidden[pack.predictors],
+            self.head,
+            pack.actions,
+            temperature=temperature,
+            entropy=entropy,
+            chunk=self.chunk,
+            against=against,
+            kept=pack.kept,
         )
         if not values:
             return Outputs.of(scores.logprobs, entropy=scores.entropy, kl=scores.kl, sequences=pack.layout.sequences)

@@ -93,6 +93,7 @@ GLOSSARY: Mapping[str, str] = MappingProxyType(
         "sampler/logprob_gap_mean": "Mean |old - sampler| over actions, nats. Under 0.01 in float32, 0.05 in bf16; above it the sampler and the learner disagree: check precision and temperature.",
         "sampler/logprob_gap_max": "Largest |old - sampler|. Under 0.1 in float32; single large gaps point to a wrong position, mask or stop token.",
         "sampler/probability_gap_mean": "Mean |probability under the learner - under the sampler| before the batch's first update. Under 0.005; above 0.01 look at precision, above max_mismatch the run stops.",
+        "sampler/kept_mean": "Mean number of tokens that a sampled token was chosen among, of those that were not chosen from the whole vocabulary. It falls with the entropy; at 1 there is nothing left to learn from: widen top_k, top_p or min_p, or refresh the mask more often.",
         "pretrain/nll": "Mean negative log-likelihood of the pretraining texts of each step, nats a token, before its coefficient; not part of `loss`. Should not rise; if it does, raise pretrain_coefficient.",
         "preference/loss": "Mean loss of the pairs. log 2 = 0.693 at indifference; should fall on held-out pairs, else stop: it overfits.",
         "preference/accuracy": "Share of pairs whose chosen answer has the larger reward (a tie counts half). Above 0.5; 1.0 in training with 0.6 held out is memorising.",

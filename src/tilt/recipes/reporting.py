@@ -94,7 +94,9 @@ def measures(
     meter.add(batch_metrics(rewards, known, batch.layout, kl=getattr(objective.credit, "kl", 0.0)))
     gap = (known.old - batch.sampler).abs()
     found = meter.read() | report.metrics
+    sizes = batch.kept.sizes[batch.kept.sizes > 0]
     extra = {
+        "sampler/kept_mean": float(sizes.double().mean()) if len(sizes) else math.nan,
         "reward": found.get("objective/scores", math.nan),
         "length/truncated": sum(r.stop == "length" for r in rollouts) / len(rollouts),
         "val/num_eos_tokens": float(sum(r.stop == "stop" for r in rollouts)),

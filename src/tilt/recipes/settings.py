@@ -135,24 +135,42 @@ class Evaluation(Section):
     temperature: Annotated[float, Field(ge=0.0, description="0 = greedy")] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
 
 class Sampling(Section):
-    """How training answers are sampled. Only the temperature may be changed: a truncated distribution cannot be scored again."""
+    """How training answers are sampled. A truncated distribution can be scored again only with the set that each token was chosen among."""
 
     temperature: Positive = 1.0
     max_tokens: Annotated[int, Field(ge=1, description="longest answer")] = 64
     stop_strings: Annotated[tuple[str, ...], Field(description="texts that end an answer, besides the end token")] = ()
-    top_k: Annotated[int, Field(ge=0, description="0; only evaluations may truncate")] = 0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0, description="1; only evaluations may truncate")] = 1.0
+    top_k: Annotated[int, Field(ge=0, description="draw among so many of the likeliest tokens; 0 = all; needs keep_sets")] = 0
+    top_p: Annotated[
+        float, Field(gt=0.0, le=1.0, description="then among the smallest set that holds so much of their mass; 1 = all; needs keep_sets")
+    ] = 1.0
+    min_p: Annotated[
+        float,
+        Field(ge=0.0, lt=1.0, description="then among those at least so many times as likely as the likeliest; 0 = all; needs keep_sets"),
+    ] = 0.0
+    keep_sets: Annotated[
+        bool,
+        Field(
+            description="keep the tokens that each token was chosen among, and score every model within them: 4 bytes a kept id, "
+            "up to the whole vocabulary a token with top_p"
+        ),
+    ] = False
     slots: Annotated[int, Field(ge=1, description="answers decoded side by side")] = 512
 
     @model_validator(mode="after")
-    def _whole_distribution(self) -> Sampling:
-        if self.top_k > 0 or self.top_p < 1:
+    def _scorable(self) -> Sampling:
+        cut = [key for key in ("top_k", "top_p", "min_p") if getattr(self, key) != type(self).model_fields[key].default]
+        if cut and not self.keep_sets:
             raise ValueError(
-                "top_k and top_p cannot be used for training answers: they cannot be re-scored without the kept set. Set top_k 0 and top_p 1 here; `eval:` may use them"
+                f"{' and '.join(cut)} in training answers: they cannot be scored again without the set that each token was chosen among. "
+                "Set sampling.keep_sets: true, or narrow by the temperature alone; `eval:` may truncate freely"
             )
+        if self.keep_sets and not cut:
+            raise ValueError("keep_sets has no sets to keep: set top_k, top_p or min_p, or leave it out")
         return self
 
 

@@ -53,6 +53,10 @@ class Config(Training):
             raise ValueError(
                 f"{', '.join(idle)}: without effect, since answers are sampled only to be scored; name a reward, or leave it out"
             )
+        if self.sampling.keep_sets:
+            raise ValueError(
+                "sampling.keep_sets: without effect, since nothing is trained on sampled answers; truncate in `eval:`, or leave it out"
+            )
         if self.reward is not None and self.data.eval is None and self.data.held_out == 0:
             raise ValueError(
                 "reward scores answers to held-out prompts, and data.held_out is 0: hold some out, name data.eval, or leave reward out"

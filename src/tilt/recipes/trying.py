@@ -17,7 +17,9 @@ from tilt.sampling.sampler import Sampler
 
 def sampling_of(given: settings.Sampling, render: Renderer) -> Sampling:
     """The training settings, with the tokens that end an answer."""
-    return Sampling(given.temperature, given.max_tokens, render.stop_ids, given.stop_strings)
+    return Sampling(
+        given.temperature, given.max_tokens, render.stop_ids, given.stop_strings, given.top_k, given.top_p, given.min_p, given.keep_sets
+    )
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Trial:
         seed: int,
         slots: int,
     ) -> Trial:
-        own = replace(sampling, temperature=given.temperature, top_p=given.top_p, top_k=given.top_k)
+        own = replace(sampling, temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, min_p=given.min_p, keep_sets=False)
         return Trial(
             Sampler(policy.lm, tokenizer, sampling, seed=seed, slots=slots), list(prompts)[: given.prompts], scoring, own, given.samples
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tilt.data.rollouts import Rollout
 from tilt.errors import DataError
+from tilt.kept import Kept
 from tilt.objectives.experience import Rewards
 from tilt.runs.files import atomic_write
 from tilt.runs.offsets import Spelling, text_offsets
@@ -100,7 +101,32 @@ def _tokens(rows: RolloutTable) -> dict[str, pa.Array]:
         "ids": _lists([np.asarray(r.tokens, np.uint32) for r in rows.rollouts], np.uint32),
         "text_offsets": _lists([np.asarray(o, np.int32) for o in offsets], np.int32),
         "mask": _lists([np.asarray(r.sampled, np.uint8) for r in rows.rollouts], np.uint8),
+        **_kept(rows.rollouts),
     }
+
+
+def _kept(rollouts: Sequence[Rollout]) -> dict[str, pa.Array]:
+    """`kept`: for each token the ids that it was chosen among, an empty list where that is the whole vocabulary; no column where it always is."""
+    if all(r.kept is None for r in rollouts):
+        return {}
+    sizes, ids = [], []
+    for r in rollouts:
+        each = np.zeros(len(r.tokens), np.int64)
+        if r.kept is not None:
+            each[np.asarray(r.sampled, bool)] = r.kept.sizes.numpy()
+            ids.append(r.kept.ids.numpy().astype(np.uint32))
+        sizes.append(each)
+    inner = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+    outer = np.concatenate([[0], np.cumsum([len(each) for each in sizes])])
+    sets = pa.LargeListArray.from_arrays(pa.array(inner, pa.int64()), pa.array(np.concatenate(ids)))
+    return {"kept": pa.ListArray.from_arrays(pa.array(outer, pa.int32()), sets)}
+
+
+def kept_of(row: Mapping[str, Any]) -> Kept | None:
+    """What each sampled token of a stored row was chosen among, as a rollout carries it."""
+    sets = row.get("kept")
+    chosen = None if sets is None else [among for among, sampled in zip(sets, row["mask"], strict=True) if sampled]
+    return None if not chosen or not any(chosen) else Kept.of(chosen)
 
 
 def _channels(rows: RolloutTable) -> dict[str, pa.Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from tilt.data.rollouts import Sampling
 from tilt.errors import NumericError
+from tilt.kept import Kept
 from tilt.models.heads import head_function
 from tilt.sampling.cache import Ints
 from tilt.sampling.drawing import choose
@@ -34,11 +35,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """The sampled tokens, the stop token included, their log-probabilities, and why they ended."""
+    """The sampled tokens, the stop token included, their log-probabilities, why they ended, and what each was chosen among where that is kept."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     stop: Literal["stop", "length"]
+    kept: Kept | None = None
 
 
 @torch.inference_mode()
@@ -52,8 +54,8 @@ def generate(lm: PreTrainedModel, requests: Sequence[Request], sampling: Samplin
             hidden += queue.enter(forward)
             together = torch.cat(hidden)
             chances = torch.from_numpy(uniforms(queue.keys[queue.active], queue.position)).to(together.device)
-            tokens, logprobs = choose(head, together, len(stops.ends), chances, sampling)
-            ended = queue.record(tokens.cpu().numpy(), logprobs.double().cpu().numpy(), stops)
+            drawn = choose(head, together, len(stops.ends), chances, sampling)
+            ended = queue.record(drawn.tokens.cpu().numpy(), drawn.logprobs.double().cpu().numpy(), stops, drawn.kept)
             queue.leave(forward, ended)
     return queue.results()
 
@@ -87,6 +89,7 @@ class Queue:
         self.tokens = np.zeros((self.total, 64), dtype=np.int64)
         self.logprobs = np.zeros((self.total, 64))
         self.done: list[Answer | None] = [None] * self.total
+        self.sets: list[tuple[Ints, Kept]] = []  # of each step where sets are kept: the answers that got a token, and its set for each
         self.unfinished, self.counts = counts.copy(), counts
         self.next, self.active, self.groups = 0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         self.group = np.full(len(requests), -1, dtype=np.int64)  # each request's place among the groups
@@ -130,7 +133,7 @@ class Queue:
         assert self.opening is not None
         return [self.opening[torch.from_numpy(self.group[self.request[new]]).to(self.opening.device)]]
 
-    def record(self, tokens: Ints, logprobs: NDArray[np.float64], stops: Stops) -> NDArray[np.bool_]:
+    def record(self, tokens: Ints, logprobs: NDArray[np.float64], stops: Stops, kept: Kept | None = None) -> NDArray[np.bool_]:
         """Append one token to each active row; which rows have ended. Those that ended are answers now."""
         if not np.isfinite(logprobs).all():
             raise NumericError(
@@ -143,6 +146,8 @@ class Queue:
         self.tokens[active, self.length[active]] = tokens
         self.logprobs[active, self.length[active]] = logprobs
         self.length[active] += 1
+        if kept is not None:
+            self.sets.append((active, kept))
         stopped = stops.ended(tokens, lambda row: self.tokens[active[row], : self.length[active[row]]].tolist())
         ended = stopped | (self.length[active] >= self.room[active])
         for row in np.flatnonzero(ended):
@@ -176,8 +181,18 @@ class Queue:
         """The answers by request."""
         done = [answer for answer in self.done if answer is not None]
         assert len(done) == self.total
+        if self.sets:
+            done = [replace(answer, kept=kept) for answer, kept in zip(done, self._sets_by_answer(), strict=True)]
         ends = np.cumsum(self.counts)
         return [done[end - count : end] for end, count in zip(ends, self.counts, strict=True)]
+
+    def _sets_by_answer(self) -> list[Kept]:
+        """From one list of sets per step to one per answer, in the order of its tokens."""
+        owner = np.concatenate([answers for answers, _ in self.sets])
+        order = torch.from_numpy(np.argsort(owner, kind="stable"))
+        together = Kept.join([kept for _, kept in self.sets]).take(order)
+        ends = np.cumsum(self.length)
+        return [together.part(int(end - n), int(end)) for end, n in zip(ends, self.length, strict=True)]
 
 
 def moves(gone: NDArray[np.bool_]) -> tuple[Ints, Ints]:

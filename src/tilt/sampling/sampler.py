@@ -74,7 +74,15 @@ class Sampler:
         found = generate(self.lm, requests, sampling, stops, self.slots)
         return [
             Rollout(
-                prompt, a.tokens, (True,) * len(a.tokens), a.logprobs, a.stop, sampling, self.version, (self.seed, step, prompt.id, number)
+                prompt,
+                a.tokens,
+                (True,) * len(a.tokens),
+                a.logprobs,
+                a.stop,
+                sampling,
+                self.version,
+                (self.seed, step, prompt.id, number),
+                a.kept,
             )
             for prompt, answers in zip(prompts, found, strict=True)
             for number, a in enumerate(answers)
@@ -91,7 +99,7 @@ def vocabulary_of(lm: PreTrainedModel) -> int:
 
 def greedy(sampling: Sampling) -> Sampling:
     """The same settings with the most likely token taken each time."""
-    return replace(sampling, temperature=0.0, top_k=0, top_p=1.0)
+    return replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, keep_sets=False)
 
 
 def check(sampling: Sampling, vocabulary: int, *, training: bool) -> None:
@@ -105,15 +113,27 @@ def check(sampling: Sampling, vocabulary: int, *, training: bool) -> None:
         wrong.append(f"top_k is {sampling.top_k}: it must be at least 1, or 0 for all tokens")
     if not 0 < sampling.top_p <= 1:
         wrong.append(f"top_p is {sampling.top_p}: it must be above 0 and at most 1")
+    if not 0 <= sampling.min_p < 1:
+        wrong.append(f"min_p is {sampling.min_p}: it must be at least 0 and below 1")
+    if sampling.keep_sets and not sampling.narrows and not wrong:
+        wrong.append("keep_sets has no sets to keep: set top_k, top_p or min_p, or leave it out")
+    if sampling.keep_sets and sampling.temperature == 0:
+        wrong.append("keep_sets with temperature 0: the likeliest token is not drawn from a set; leave keep_sets out")
     strange = [i for i in sampling.stop_ids if not 0 <= i < vocabulary]
     if strange:
         wrong.append(f"stop_ids has {strange[0]}, and the vocabulary ends at {vocabulary - 1}")
     if "" in sampling.stop_strings:
         wrong.append("stop_strings has an empty string, which every text contains")
-    if training and sampling.truncated and not wrong:
-        asked = "temperature 0" if sampling.temperature == 0 else f"top_k {sampling.top_k}" if sampling.top_k else f"top_p {sampling.top_p}"
+    if training and sampling.temperature == 0 and not wrong:
         wrong.append(
-            f"{asked} in a training rollout: the policy would be scored under another distribution than it was sampled from.\nUse temperature > 0 with top_k 0 and top_p 1 for training; truncate in evaluation only"
+            "temperature 0 in a training rollout: an answer that is certain cannot be weighed against others.\nUse temperature > 0 for training; be greedy in evaluation only"
+        )
+    elif training and sampling.narrows and not sampling.keep_sets and not wrong:
+        asked = (
+            f"top_k {sampling.top_k}" if sampling.top_k else f"top_p {sampling.top_p}" if sampling.top_p < 1 else f"min_p {sampling.min_p}"
+        )
+        wrong.append(
+            f"{asked} in a training rollout: the policy would be scored under another distribution than it was sampled from.\nSet keep_sets, so that each token keeps what it was chosen among; or narrow by the temperature alone, and truncate in evaluation only"
         )
     if wrong:
         raise UsageError("sampling: " + "\nsampling: ".join(wrong) + ".")
