@@ -80,10 +80,11 @@ def test_the_python_example_does_what_the_command_line_does(
     assert first == second and len(first) == 3
 
 
-def test_every_row_is_in_the_readme() -> None:
+def test_the_rows_of_the_readme_exist_and_the_page_that_it_names_has_all() -> None:
     table = README.partition("## Algorithms")[2].partition("## From Python")[0]
     named = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))))
-    assert named == {*ALGORITHMS, *PREFERENCES}
+    assert named <= {*ALGORITHMS, *PREFERENCES} and {"ppo", "rloo", "grpo", "gspo", "reinforce_pp", "dapo", "dpo", "reward_model"} <= named
+    assert "docs/algorithms.md" in README and all(f"| `{name}` |" in DOCS["algorithms"] for name in [*ALGORITHMS, *PREFERENCES])
 
 
 def test_every_command_that_is_named_exists() -> None:

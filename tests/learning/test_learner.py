@@ -14,7 +14,7 @@ from tilt.learning import learner as module
 from tilt.learning.ema import Ema
 from tilt.learning.learner import Mismatch, NonFinite, Passes, movable
 from tilt.learning.pretraining import Pretraining
-from tilt.objectives import ALGORITHMS, Clip, NoPenalty, Objective, Rewards, Signals, TokenRatio
+from tilt.objectives import ALGORITHMS, Clip, Experience, Layout, NoPenalty, Objective, Outputs, Rewards, Signals, TokenRatio
 
 ROWS = ["grpo", "dapo", "gspo", "gspo_token", "rloo", "rloo_clip", "ppo", "reinforce_pp", "dr_grpo", "cispo", "raft"]
 
@@ -171,8 +171,13 @@ def test_clip_marks_tell_which_side_and_what_does_not_bind():
     row = Objective(ALGORITHMS["dapo"].credit, TokenRatio(), Clip(0.2, 0.3), ALGORITHMS["dapo"].average, NoPenalty())
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1, 0.9, 1.5])
     advantages = torch.tensor([1.0, -1, -1, 1, 1, -1, 0])
-    assert module.clip_marks(row, ratio, advantages).tolist() == [1, 2, -1, 2, 0, 0, 2]
-    assert not module.clip_marks(ALGORITHMS["rloo"], ratio, advantages).any()
+    ones = torch.ones(7)
+    share = Experience(Layout.of([7]), Signals.of(torch.zeros(7)), advantages, ones, ones, ones)
+    said = Outputs.of(ratio.log())
+    assert module.clip_marks(row, said, share).tolist() == [1, 2, -1, 2, 0, 0, 2]
+    assert not module.clip_marks(ALGORITHMS["rloo"], said, share).any()
+    gmpo = module.clip_marks(ALGORITHMS["gmpo"], Outputs.of(torch.tensor([0.5, 0.5, -0.5, -0.5, 0.3, -0.3, 0.5])), share)
+    assert gmpo.tolist() == [1, 2, -1, 2, 0, 0, 2], "a ratio that clips by itself"
 
 
 # --- what stops an update -------------------------------------------------------------------------------------------------------

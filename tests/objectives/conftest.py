@@ -32,8 +32,10 @@ class Case:
     reward: list[float]
     prompt: list[int]
     steps: Ragged = field(default_factory=list)
+    entropy: Ragged = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.entropy = self.entropy or [[(7 * i + 3 * t) % 11 / 5 for t in range(len(row))] for i, row in enumerate(self.policy)]
         self.steps = self.steps or [[0.0] * len(row) for row in self.policy]
 
     @property
@@ -46,10 +48,12 @@ class Case:
 
     @property
     def signals(self) -> Signals:
-        return Signals.of(flat(self.old), sampler=flat(self.sampler), reference=flat(self.reference), values=flat(self.values))
+        return Signals.of(
+            flat(self.old), sampler=flat(self.sampler), reference=flat(self.reference), values=flat(self.values), entropy=flat(self.entropy)
+        )
 
     def outputs(self) -> Outputs:
-        return Outputs.of(flat(self.policy).requires_grad_(), values=flat(self.new_values).requires_grad_())
+        return Outputs.of(flat(self.policy).requires_grad_(), entropy=flat(self.entropy), values=flat(self.new_values).requires_grad_())
 
 
 def fixture_f() -> Case:

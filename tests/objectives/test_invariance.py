@@ -95,17 +95,19 @@ def test_unscored_sequences_do_not_exist(name: str, junk: float, case: Any) -> N
         return torch.cat([x, extra])
 
     rewards = Rewards.of(torch.cat([case.rewards.total, extra[:2]]), more(case.rewards.steps), scored=scored)
-    signals = Signals.of(*(more(case.signals.old),), **{k: more(getattr(case.signals, k)) for k in ("sampler", "reference", "values")})
+    signals = Signals.of(
+        *(more(case.signals.old),), **{k: more(getattr(case.signals, k)) for k in ("sampler", "reference", "values", "entropy")}
+    )
     outputs = case.outputs()
     whole = gradients(row, outputs, row.prepare(case.rewards, case.signals, plain))
     experience = row.prepare(rewards, signals, layout)
     assert (experience.weights[plain.actions :] == 0).all() and (experience.advantages[plain.actions :] == 0).all()
-    found = gradients(row, Outputs.of(more(outputs.logprobs), values=more(outputs.values)), experience)
+    found = gradients(row, Outputs.of(more(outputs.logprobs), entropy=more(outputs.entropy), values=more(outputs.values)), experience)
     torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-12)
     for now, before in zip(found[1:], whole[1:], strict=True):
         torch.testing.assert_close(now[: plain.actions], before, rtol=0, atol=1e-12)
         assert (now[plain.actions :] == 0).all()
-    said = row.metrics(Outputs.of(more(outputs.logprobs), values=more(outputs.values)), experience)
+    said = row.metrics(Outputs.of(more(outputs.logprobs), entropy=more(outputs.entropy), values=more(outputs.values)), experience)
     expected = row.metrics(outputs, row.prepare(case.rewards, case.signals, plain))
     for key, pair in expected.items():
         assert [x.item() for x in said[key]] == pytest.approx([x.item() for x in pair], abs=1e-12), key
@@ -122,15 +124,15 @@ def test_a_batch_that_nobody_could_score_asks_for_nothing(name: str, f: Any) -> 
 
 @ROWS
 def test_signals_outside_needs_are_never_read(name: str, f: Any) -> None:
-    """Loss, gradient and advantages are those of the full signals when everything outside `needs` is NaN; sampler is needed by no row."""
+    """Loss, gradient and advantages are those of the full signals when everything outside `needs` is NaN."""
     row = ALGORITHMS[name]
     blank = {
         k: getattr(f.signals, k) if k in row.needs else torch.full((10,), NAN, dtype=torch.float64)
-        for k in ("sampler", "reference", "values")
+        for k in ("sampler", "reference", "values", "entropy")
     }
     old = f.signals.old if "old" in row.needs else torch.full((10,), NAN, dtype=torch.float64)
     values = f.outputs().values if "values" in row.needs else None
-    outputs = Outputs.of(f.outputs().logprobs, values=values)
+    outputs = Outputs.of(f.outputs().logprobs, entropy=f.outputs().entropy if row.bonus.coefficient else None, values=values)
     found = gradients(row, outputs, row.prepare(f.rewards, Signals.of(old, **blank), f.layout))
     whole = gradients(row, f.outputs(), row.prepare(f.rewards, f.signals, f.layout))
     for now, before in zip(found, whole, strict=True):
@@ -165,7 +167,7 @@ def test_with_one_step_the_ratio_is_exactly_one(name: str, f: Any) -> None:
         signals = replace(f.signals, old=torch.full((10,), NAN, dtype=torch.float64))
     experience = row.prepare(f.rewards, signals, f.layout)
     experience = replace(experience, signals=replace(experience.signals, old=outputs.logprobs.detach()))
-    assert (row.ratio(outputs.logprobs, experience.signals.old, f.layout) == 1).all()
+    assert (row.ratio(outputs.logprobs, experience.signals.old, f.layout, experience.advantages) == 1).all()
     metrics = {k: (a / b).item() for k, (a, b) in row.metrics(outputs, experience).items()}
     assert (
         metrics.get("policy/approxkl_avg", 0.0) == 0 and metrics.get("policy/clipfrac_avg", 0.0) == 0 and metrics.get("val/ratio", 1.0) == 1

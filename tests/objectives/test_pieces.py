@@ -23,25 +23,35 @@ from tilt.objectives import (
     PREFERENCES,
     CappedScore,
     Clip,
+    Doubling,
+    EntropyBonus,
+    EntropyTarget,
     GeometricRatio,
     GroupRelative,
+    HighEntropy,
     Imitate,
     Importance,
     Layout,
+    NoPenalty,
+    NoRatio,
     NoValue,
     Objective,
+    OldKL,
     Outputs,
     PerBudget,
+    Proportional,
     Return,
     ReturnToGo,
     Rewards,
     Score,
     SequenceAverage,
-    SequenceK3,
+    SequenceMask,
     Signals,
     SoftGate,
     TokenAverage,
     TokenRatio,
+    TruncatedImportance,
+    TrustRegion,
     TwoSided,
     ValueLoss,
     batch_metrics,
@@ -191,7 +201,7 @@ def test_fixture_t_rloo(t: Any) -> None:
     outputs, experience = t.outputs(), row.prepare(t.rewards, t.signals, t.layout)
     torch.testing.assert_close(experience.returns[t.layout.last], double(0.9975, -0.51))
     torch.testing.assert_close(experience.advantages[t.layout.last], double(1.5075, -1.5075))
-    ratio = row.ratio(outputs.logprobs, t.signals.old, t.layout)[t.layout.last]
+    ratio = row.ratio(outputs.logprobs, t.signals.old, t.layout, torch.zeros_like(t.signals.old))[t.layout.last]
     torch.testing.assert_close(ratio.detach(), double(1.1618342427, 0.6703200460), rtol=0, atol=5.1e-11)
     assert row.loss(outputs, experience).item() == pytest.approx(-0.272732560456, abs=1e-12)
     assert read(row.metrics(outputs, experience))["policy/clipfrac_avg"] == 0.5
@@ -249,7 +259,7 @@ def test_the_tables_cannot_be_changed(table: Any) -> None:
         (Clip, {"low": -0.1}), (TwoSided, {"delta": 1.1}), (CappedScore, {"cap": 0.2}), (SoftGate, {"positive": 0}), (PerBudget, {"length": 0}),
         (GAE, {"lam": 1.5}), (GAE, {"kl": -1}), (GAE, {"clip_reward": float("nan")}), (ReturnToGo, {"gamma": -0.1}), (GroupRelative, {"eps": -1}),
         (ValueLoss, {"coefficient": 0}), (ValueLoss, {"clip": -1}), (K1, {"beta": -1}), (K2, {"beta": -1}), (K3, {"beta": -1}),
-        (SequenceK3, {"beta": -1}), (library.Logistic, {"smoothing": 1.1}), (library.ImplicitReward, {"beta": 0}), (library.Centring, {"coefficient": -1}),
+        (K3, {"beta": -1}), (library.Logistic, {"smoothing": 1.1}), (library.ImplicitReward, {"beta": 0}), (library.Centring, {"coefficient": -1}),
     ],
 )  # fmt: skip
 def test_impossible_numbers_are_refused_by_name(piece: Any, keys: dict[str, float]) -> None:
@@ -258,25 +268,115 @@ def test_impossible_numbers_are_refused_by_name(piece: Any, keys: dict[str, floa
 
 
 def test_passes() -> None:
-    one = {name for name, row in ALGORITHMS.items() if row.passes == 1}
-    assert one == {"reinforce", "reinforce_rtg", "reinforce_baseline", "rloo", "cispo"}
-    assert all(ALGORITHMS[name].passes is None for name in set(ALGORITHMS) - one)
+    """One pass for a plain score or ratio over fresh samples; any number where a clip, a bounded ratio, a penalty to `old` or a demonstration holds the policy."""
+    one = {"reinforce", "reinforce_rtg", "reinforce_baseline", "rloo", "cispo", "distill"}
+    many = {"sft", "raft", "dft", "rloo_clip", "ppo", "reinforce_pp", "grpo", "dapo", "gspo", "gmpo", "sapo", "vespo"}
+    assert {ALGORITHMS[name].passes for name in one} == {1} and {ALGORITHMS[name].passes for name in many} == {None}
+    held = Objective(GroupRelative(), TokenRatio(), Importance(), TokenAverage())
+    assert held.passes == 1 and replace(held, penalty=OldKL()).passes is None and replace(held, penalty=TrustRegion()).passes == 1
 
 
-def test_needs() -> None:
-    needs = {name: "".join(sorted(x[0] for x in row.needs)) for name, row in ALGORITHMS.items()}
-    assert {k for k, v in needs.items() if v == ""} == {"sft", "raft", "reinforce", "reinforce_rtg"}
-    assert {k for k, v in needs.items() if "v" in v} == {"reinforce_baseline", "ppo"}
-    assert {k for k, v in needs.items() if "r" in v} == {
-        "rloo",
-        "rloo_clip",
-        "ppo",
-        "reinforce_pp",
-        "reinforce_pp_baseline",
-        "grpo",
-        "grpo_r1",
-    }
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("sft", ""), ("raft", ""), ("reinforce", ""), ("reinforce_baseline", "values"), ("rloo", "old reference"), ("ppo", "old reference values"),
+        ("grpo", "old reference"), ("dr_grpo", "old"), ("dapo", "old"), ("grpo_tis", "old sampler"), ("high_entropy", "entropy old"),
+        ("distill", "old reference"), ("grpo_unbiased_kl", "old reference"),
+    ],
+)  # fmt: skip
+def test_needs(name: str, needs: str) -> None:
+    assert " ".join(sorted(ALGORITHMS[name].needs)) == needs
     assert ALGORITHMS["grpo"].credit.needs == frozenset() and ALGORITHMS["ppo"].credit.needs == {"old", "reference", "values"}
+
+
+def test_rows_that_cannot_mean_what_they_say_are_refused() -> None:
+    grpo = ALGORITHMS["grpo"]
+    for change, words in [
+        ({"ratio": NoRatio()}, "moves the policy through the ratio"),
+        ({"surrogate": Score()}, "does not read the ratio"),
+        ({"control": Proportional(), "penalty": NoPenalty()}, "KL divergence"),
+        ({"control": EntropyTarget()}, "no entropy bonus"),
+        ({"control": Doubling()}, "old_kl"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            replace(grpo, **change)
+
+
+# ------------------------------------------------------------------------------- corrections, bonus and control
+
+
+def test_step_rewards_are_normalised_over_the_group_and_summed_to_come() -> None:
+    """Steps (2, .5), (5, 1.0) on 5 actions and (3, -.5) on 4; a step that earns 0 counts where `ends` says so."""
+    layout, row = Layout.of([5, 4], [0, 0]), replace(ALGORITHMS["grpo_process"], penalty=NoPenalty())
+    steps = double(0, 0.5, 0, 0, 1.0, 0, 0, -0.5, 0)
+    found = row.prepare(Rewards.of(double(9, -9), steps), Signals.of(torch.zeros(9).double()), layout).advantages
+    assert found[:5].tolist() == pytest.approx([1.0910894512] * 2 + [0.8728715609] * 3, abs=1e-10)
+    assert found[5:].tolist() == pytest.approx([-1.0910894512] * 3 + [0], abs=1e-10)
+    ends = torch.tensor([0, 1, 0, 0, 1, 0, 0, 1, 1], dtype=torch.bool)
+    more = row.prepare(Rewards.of(double(9, -9), steps, ends=ends), Signals.of(torch.zeros(9).double()), layout).advantages
+    spread = ((0.25**2 + 0.75**2 + 0.75**2 + 0.25**2) / 3) ** 0.5
+    assert more.tolist() == pytest.approx([x / spread for x in [1.0, 1.0, 0.75, 0.75, 0.75, -1.0, -1.0, -1.0, -0.25]])
+    flat = Rewards.of(double(0, 0), double(0, 0.3, 0, 0, 0.3, 0, 0, 0.3, 0))
+    assert (row.prepare(flat, Signals.of(torch.zeros(9).double()), layout).advantages == 0).all()
+
+
+def test_sequence_mask_leaves_out_bad_answers_that_the_policy_has_left(f: Any) -> None:
+    """mean_t (sampler - policy): -.0667, -.0250, -.0250, 0 on F; only answers with a negative advantage can be left out."""
+    row = replace(ALGORITHMS["dapo"], corrections=(SequenceMask(0.0),))
+    outputs = f.outputs()
+    outputs = replace(outputs, logprobs=(outputs.logprobs.detach() - double(0, 0, 0, 0.5, 0.5, 1, 1, 1, 1, 0)).requires_grad_())
+    row.loss(outputs, row.prepare(f.rewards, f.signals, f.layout)).backward()
+    moved = outputs.logprobs.grad != 0
+    assert not moved[3:5].any() and moved[9], "bad and left behind; bad and not left behind"
+    assert moved[5:9].all(), "the third answer is good, so it stays although the policy has left it"
+
+
+def test_high_entropy_keeps_its_share_and_the_denominators(f: Any) -> None:
+    row = replace(ALGORITHMS["dapo"], corrections=(HighEntropy(0.3),))
+    experience = row.prepare(f.rewards, f.signals, f.layout)
+    kept = f.signals.entropy >= f.signals.entropy.sort().values[7]
+    assert experience.factors.tolist() == kept.to(torch.float64).tolist() and kept.sum() == 3
+    assert experience.weights.sum() == pytest.approx(1), "denominators count every action"
+
+
+def test_factors_leave_the_value_term_alone(f: Any) -> None:
+    ppo = ALGORITHMS["ppo"]
+    plain, masked = f.outputs(), f.outputs()
+    ppo.loss(plain, ppo.prepare(f.rewards, f.signals, f.layout)).backward()
+    row = replace(ppo, corrections=(HighEntropy(0.3), TruncatedImportance(1.05)))
+    row.loss(masked, row.prepare(f.rewards, f.signals, f.layout)).backward()
+    assert torch.equal(plain.values.grad, masked.values.grad) and not torch.equal(plain.logprobs.grad, masked.logprobs.grad)
+
+
+def test_entropy_bonus_raises_entropy(f: Any) -> None:
+    row = replace(ALGORITHMS["dapo"], bonus=EntropyBonus(0.25))
+    outputs = replace(f.outputs(), entropy=f.outputs().entropy.clone().requires_grad_())
+    row.loss(outputs, row.prepare(f.rewards, f.signals, f.layout)).backward()
+    assert outputs.entropy.grad.tolist() == pytest.approx([-0.25 / 10] * 10)
+
+
+@pytest.mark.parametrize(("kl", "expected"), [(0.0, 0.5), (0.0066, 0.5), (0.0067, 1.0), (0.0149, 1.0), (0.0151, 2.0), (1.0, 2.0)])
+def test_doubling(kl: float, expected: float) -> None:
+    row = Objective(GroupRelative(), TokenRatio(), Importance(), TokenAverage(), OldKL(1.0), control=Doubling(0.01))
+    assert row.control(row, {"policy/kl_old": kl}) == replace(row, penalty=OldKL(expected))
+
+
+@pytest.mark.parametrize(
+    ("kl", "answers", "expected"),
+    [(6.0, 64, 0.2), (60.0, 64, 0.2 * (1 + 0.2 * 64 / 10000)), (0.0, 64, 0.2 * (1 - 0.2 * 64 / 10000)), (6.6, 500, 0.2 * 1.005)],
+)
+def test_proportional(kl: float, answers: int, expected: float) -> None:
+    row = replace(ALGORITHMS["ppo"], credit=GAE(kl=0.2), control=Proportional())
+    found = row.control(row, {"objective/kl": kl, "sequences": answers})
+    assert found.credit.kl == pytest.approx(expected, rel=1e-12) and replace(found, credit=row.credit) == row
+
+
+def test_entropy_target() -> None:
+    row = ALGORITHMS["skywork"]
+    assert row.control(row, {"policy/entropy_avg": 0.1}).bonus.coefficient == pytest.approx(0.01)
+    lower = row.control(row, {"policy/entropy_avg": 0.3})
+    assert lower.bonus.coefficient == 0 and lower.control(lower, {"policy/entropy_avg": 0.3}).bonus.coefficient == 0
+    assert lower.control(lower, {"policy/entropy_avg": 0.1}).bonus.coefficient == pytest.approx(0.005), "it can come back from 0"
 
 
 def test_check_says_what_cannot_run() -> None:

@@ -106,24 +106,26 @@ class Learner:
         return next(self.policy.parameters()).device
 
     def evaluate(self, batch: Pack, needs: frozenset[str], *, temperature: float = 1.0) -> Signals:
-        """Log-probabilities under old and reference, and the critic's values, of the signals named in `needs`; the others are NaN."""
+        """Log-probabilities under old and reference, the critic's values and old's entropy, of the signals named in `needs`; the others are NaN."""
         layout = batch.layout
         nan = torch.full((layout.actions,), float("nan"), dtype=batch.sampler.dtype)
         found = {
             "old": nan.clone(),
             "reference": nan.clone(),
             "values": nan.clone(),
+            "entropy": nan.clone(),
             "final": nan.new_full((layout.sequences,), float("nan")),
         }
-        if not needs & {"old", "reference", "values"}:
+        if not needs & {"old", "reference", "values", "entropy"}:
             return Signals(sampler=batch.sampler, **found)
         shared = self.critic is None and "values" in needs
         with torch.no_grad(), self.autocast():
             for part in batch.split(self.settings.micro_tokens):
                 actions, small = layout.actions_of(part), share_of(batch, part).to(self.device)
-                if "old" in needs or shared:
-                    said = self.policy(small, temperature=temperature, values=shared)
+                if needs & {"old", "entropy"} or shared:
+                    said = self.policy(small, temperature=temperature, entropy="entropy" in needs, values=shared)
                     found["old"][actions] = said.logprobs.cpu().to(nan.dtype)
+                    found["entropy"][actions] = said.entropy.cpu().to(nan.dtype)
                     if shared:
                         found["values"][actions], found["final"][part] = said.values.cpu().to(nan.dtype), said.final.cpu().to(nan.dtype)
                 if "reference" in needs:
@@ -265,7 +267,8 @@ def share_of(whole: Shareable, sequences: Tensor) -> Shareable:
 
 def movable(experience: Experience, objective: Objective) -> Tensor:
     """Sequences that can move the weights, [S]: with a penalty or a value loss all that weigh anything, else those with an advantage other than 0."""
-    layout, restless = experience.layout, not isinstance(objective.penalty, NoPenalty) or objective.value.needs or not _rests(objective)
+    layout = experience.layout
+    restless = not isinstance(objective.penalty, NoPenalty) or objective.bonus.coefficient or objective.value.needs or not _rests(objective)
     strength = experience.weights if restless else experience.advantages * experience.weights
     moving = (strength != 0).to(torch.get_default_dtype())
     return torch.zeros(layout.sequences).index_add_(0, layout.sequence, moving) > 0
@@ -297,6 +300,7 @@ class Channels:
         names = ("first", "new", "entropy", "ratio", "clip", "push") if watch else ("first",)
         self.values = {name: torch.full((layout.actions,), float("nan"), dtype=dtype) for name in names}
 
+    @torch.no_grad()
     def put(self, sequences: Tensor, said: Outputs, share: Experience, objective: Objective, scale: float) -> None:
         actions, new = self.layout.actions_of(sequences), said.logprobs.detach()
         seen = self.values["first"][actions]
@@ -304,35 +308,33 @@ class Channels:
         if not self.watch:
             return
         kind = objective.ratio if "old" in objective.ratio.needs else TokenRatio()
-        ratio = kind(new, share.signals.old, share.layout).detach()
+        ratio = kind(new, share.signals.old, share.layout, share.advantages).detach()
         grad = said.logprobs.grad
         found = {
-            "new": new, "entropy": said.entropy.detach(), "ratio": ratio, "clip": clip_marks(objective, ratio, share.advantages),
+            "new": new, "entropy": said.entropy.detach(), "ratio": ratio, "clip": clip_marks(objective, said, share),
             "push": torch.zeros_like(new) if grad is None else -grad / scale,
         }  # fmt: skip
         for name, value in found.items():
             self.values[name][actions] = value.to(self.values[name])
 
 
-def clip_marks(objective: Objective, ratio: Tensor, advantages: Tensor) -> Tensor:
-    """+1 where the surrogate cuts a ratio for being too high, -1 too low, 2 where it would for another sign of the advantage, else 0."""
-    clipped = getattr(objective.surrogate, "clipped", None)
-    if clipped is None or "old" not in objective.ratio.needs:
-        return torch.zeros_like(ratio)
-    low, high = clipped(ratio, advantages)
+def clip_marks(objective: Objective, said: Outputs, share: Experience) -> Tensor:
+    """+1 where a ratio is cut for being too high, -1 too low, 2 where it would be for another sign of the advantage, else 0."""
+    low, high = objective.clip_sides(said, share)
     outside = torch.zeros_like(low)
     for sign in (1.0, -1.0):
-        outside = outside | torch.stack(clipped(ratio, torch.full_like(advantages, sign))).any(0)
-    return high.to(ratio) - low.to(ratio) + 2 * (outside & ~low & ~high).to(ratio)
+        outside = outside | torch.stack(objective.clip_sides(said, replace(share, advantages=torch.full_like(share.advantages, sign)))).any(
+            0
+        )
+    return high.to(said.logprobs) - low.to(said.logprobs) + 2 * (outside & ~low & ~high).to(said.logprobs)
 
 
 def _to(experience: Experience, device: torch.device) -> Experience:
     if device.type == "cpu":
         return experience
     signals = Signals(**{k: v.to(device) for k, v in vars(experience.signals).items()})
-    return Experience(
-        experience.layout.to(device), signals, *(x.to(device) for x in (experience.advantages, experience.returns, experience.weights))
-    )
+    rest = (experience.advantages, experience.returns, experience.weights, experience.factors)
+    return Experience(experience.layout.to(device), signals, *(x.to(device) for x in rest))
 
 
 def _culprit(said: Outputs, share: Experience, objective: Objective) -> str:

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from math import isinf
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from tilt.objectives.algorithms import ALGORITHMS, PREFERENCES
-from tilt.objectives.credit import GAE, GroupRelative, Imitate, Return, ReturnToGo
+from tilt.objectives.control import NoBonus, NoControl
+from tilt.objectives.corrections import HighEntropy
+from tilt.objectives.credit import GAE, GroupRelative, Imitate, ProcessRelative, Return, ReturnToGo, Teacher
 from tilt.objectives.objective import Objective
-from tilt.objectives.policy import (
-    K1,
-    K2,
-    K3,
-    CappedScore,
-    Clip,
-    GeometricRatio,
-    GeometricTokenRatio,
-    Importance,
-    NoPenalty,
-    NoRatio,
-    PerBudget,
-    ProductRatio,
-    Score,
-    SequenceAverage,
-    SequenceK3,
-    SoftGate,
-    TokenAverage,
-    TokenRatio,
-    TwoSided,
-)
-from tilt.objectives.preference import Centring, ImplicitReward, Logistic, NoRegulariser, Preference, ScoreMargin
-from tilt.objectives.value import NoValue, ValueLoss
+from tilt.objectives.penalty import K1, K2, K3, ExactKL, NoPenalty, OldKL, TrustRegion
+from tilt.objectives.policy import Importance, PerBudget, ProbabilityScore, ProductRatio, Score, SequenceAverage, TokenAverage
+from tilt.objectives.preference import ImplicitReward, Logistic, Preference
+from tilt.objectives.words import WORDS, words
+
+__all__ = ["WORDS", "card", "models", "name_of", "unbiased_for", "words"]
 
 
 def card(objective: Objective | Preference, **run_numbers: object) -> str:
@@ -49,29 +34,24 @@ def name_of(objective: Objective | Preference) -> str:
     return next((name for name, row in named.items() if row == objective), "custom")
 
 
-def words(piece: object) -> str:
-    """The formula of a piece with its numbers; a piece from elsewhere is its own record and the first line of its docstring."""
-    found = WORDS.get(type(piece))
-    return found(piece) if found else f"{piece!r}: {(type(piece).__doc__ or '').strip().splitlines()[0]}"
-
-
 def models(objective: Objective | Preference) -> list[str]:
     """The models held in training: the policy and what the row compares it with."""
     if isinstance(objective, Preference):
         return ["policy", "reference"] if "reference" in objective.needs else ["reward model"]
     held = ["policy"]
-    held += ["reference"] if "reference" in objective.needs else []
-    held += [] if objective.credit == Imitate() else ["reward model (or a rule)"]
+    held += ["teacher" if isinstance(objective.credit, Teacher) else "reference"] if "reference" in objective.needs else []
+    held += [] if objective.credit == Imitate() or isinstance(objective.credit, Teacher) else ["reward model (or a rule)"]
     held += ["critic"] if "values" in objective.needs else []
     return held
 
 
 def _rows(objective: Objective, run_numbers: Mapping[str, Any]) -> list[tuple[str, str]]:
-    slots = ("credit", "ratio", "surrogate", "average", "penalty", "value")
-    value = f" + {objective.value.coefficient:g} value_t" if objective.value.needs else ""
-    penalty = "" if isinstance(objective.penalty, NoPenalty) else " - penalty_t"
-    rows = [("loss", f"-sum_t w_t (surrogate_t{penalty}){' + sum_t w_t' + value[2:] if value else ''}")]
-    rows += [(slot, words(getattr(objective, slot))) for slot in slots]
+    rows = [("loss", loss_formula(objective))]
+    rows += [
+        (f.name, words(getattr(objective, f.name)))
+        for f in fields(Objective)
+        if getattr(objective, f.name) not in ((), NoBonus(), NoControl())
+    ]
     rows += [("statistics", _statistics(objective.credit)), ("KL", _kl(objective))]
     held = models(objective)
     rows += [("models held", f"{len(held)}: {', '.join(held)}"), ("signals", ", ".join(sorted(objective.needs)) or "none")]
@@ -80,6 +60,14 @@ def _rows(objective: Objective, run_numbers: Mapping[str, Any]) -> list[tuple[st
     rows += [("note", note) for note in objective.notes()]
     samples, passes = int(run_numbers.get("samples", 2)), int(run_numbers.get("passes", 1))
     return rows + [("PROBLEM", problem) for problem in objective.check(samples, passes)]
+
+
+def loss_formula(objective: Objective) -> str:
+    """The loss in the names of the slots that the row fills."""
+    value = f" + sum_t w_t {objective.value.coefficient:g} value_t" if objective.value.needs else ""
+    penalty = "" if isinstance(objective.penalty, NoPenalty | TrustRegion) else " - penalty_t"
+    bonus = " + bonus_t" if objective.bonus != NoBonus() else ""
+    return f"-sum_t w_t {'c_t ' if objective.corrections else ''}(surrogate_t{penalty}{bonus}){value}"
 
 
 def _preference_rows(row: Preference) -> list[tuple[str, str]]:
@@ -105,6 +93,8 @@ def _statistics(credit: object) -> str:
             "whitened": f"whitened over the batch's actions, divisor n - {credit.ddof}, eps {credit.eps:g}",
         }[credit.scale]
         return noise + "; groups of equal rewards have advantage exactly 0, decided by max = min"
+    if isinstance(credit, ProcessRelative):
+        return f"standard deviation of the step rewards of each group, divisor n - {credit.ddof}, + {credit.eps:g}"
     if isinstance(credit, ReturnToGo) and credit.whitened:
         return f"whitened over the batch's actions, divisor n - {credit.ddof}, eps 0"
     if isinstance(credit, GAE) and credit.whitened:
@@ -117,28 +107,67 @@ def _kl(objective: Objective) -> str:
     parts = []
     if kl:
         parts.append(f"in the reward: k1 times {kl:g}, fixed for all passes; its gradient is that of KL(policy || reference), exact")
-    pulls = {
-        K1: "k1 in the loss: expected gradient 0, it pulls nowhere",
-        K2: "k2 in the loss: pulls along KL(policy || reference), prefixes frozen",
-        K3: "k3 in the loss: pulls along KL(reference || policy), prefixes frozen; the limit is not the tilted reference",
-        SequenceK3: "k3 of the whole answer in the loss: its gradient is that of KL(reference || policy), exact",
-    }
     beta = getattr(objective.penalty, "beta", 0.0)
-    parts += [f"{text}, times {beta:g}" for piece, text in pulls.items() if type(objective.penalty) is piece]
+    if beta and (pull := _pull(objective.penalty)):
+        parts.append(f"{pull}, times {beta:g}")
     return "; ".join(parts) or "none"
+
+
+def _pull(penalty: object) -> str:
+    """Which divergence a penalty in the loss pulls along (algorithms.md, section 9)."""
+    if isinstance(penalty, ExactKL):
+        return "exact in the loss: the gradient of KL(policy || reference) of each state, prefixes frozen"
+    if isinstance(penalty, OldKL):
+        return "to the old policy, exact, in the loss: the gradient of KL(old || policy) of each state; it ties one step to the last, not to the reference"
+    if not isinstance(penalty, K1 | K2 | K3):
+        return ""
+    name, whole = (
+        type(penalty).__name__.lower() + (" of the whole answer" if penalty.level == "sequence" else ""),
+        penalty.level == "sequence",
+    )
+    if penalty.weighted and isinstance(penalty, K1 | K3):
+        return f"{name}, weighted by policy / old, in the loss: its gradient is that of KL(policy || reference), " + (
+            "exact" if whole else "prefixes frozen"
+        )
+    if isinstance(penalty, K1):
+        return f"{name} in the loss: expected gradient 0, it pulls nowhere"
+    if penalty.weighted:
+        return f"{name}, weighted by policy / old, in the loss: a gradient of no divergence"
+    along = "KL(policy || reference)" if isinstance(penalty, K2) else "KL(reference || policy)"
+    if whole:
+        return f"{name} in the loss: its gradient is that of {along}, exact"
+    return f"{name} in the loss: pulls along {along}, prefixes frozen" + (
+        "; the limit is not the tilted reference" if isinstance(penalty, K3) else ""
+    )
 
 
 def unbiased_for(objective: Objective) -> str:
     """What the expected gradient is at policy = old with an outcome reward, and what becomes of it after (algorithms.md, section 8)."""
     credit = objective.credit
     if isinstance(credit, Imitate):
-        return (
-            "the likelihood of the demonstrations" if credit.keep == "all" else "the likelihood of the best answers, not the gradient of J"
+        what = (
+            "likelihood"
+            if not isinstance(objective.surrogate, ProbabilityScore)
+            else "summed probability of the tokens (the gradient of p, not of log p)"
         )
+        return f"the {what} of the demonstrations" if credit.keep == "all" else f"the {what} of the best answers, not the gradient of J"
+    if isinstance(credit, Teacher):
+        how = (
+            "of each token, prefixes frozen"
+            if credit.discount == 0
+            else "of whole answers, exact"
+            if credit.discount == 1
+            else "of neither tokens nor answers"
+        )
+        return f"-grad KL(policy || teacher) {how}; {_average_effect(objective, 'the divergence') or 'exact'}; stated at policy = old"
+    if isinstance(credit, ProcessRelative):
+        return "the normalised step rewards still to come, each group on a scale of its own: not the gradient of J"
     kl = getattr(credit, "kl", 0.0)
     goal = f"J = E[R] - {kl:g} KL(policy || reference)" if kl else "J = E[R]"
     parts = [_credit_target(credit), _average_effect(objective), goal]
-    if type(objective.surrogate) not in (Score, Importance):
+    if any(isinstance(correction, HighEntropy) for correction in objective.corrections):
+        parts.append("on the actions of high entropy alone: not the gradient of J")
+    if type(objective.surrogate) not in (Score, Importance) or getattr(objective.ratio, "bounded", False):
         parts.append("stated at policy = old; away from it the gate trades bias for stability")
     elif isinstance(objective.surrogate, Importance) and not isinstance(objective.ratio, ProductRatio):
         parts.append("stated at policy = old; away from it exact to first order")
@@ -170,72 +199,13 @@ def _credit_target(credit: object) -> str:
     return "not known for this credit"
 
 
-def _average_effect(objective: Objective) -> str:
+def _average_effect(objective: Objective, goal: str = "J") -> str:
     average = objective.average
     if isinstance(average, PerBudget):
         return "" if average.length == 1 else f"divided by the constant length {average.length}"
     if isinstance(average, TokenAverage):
         return "with the token average consistent for it over E[length], bias O(1/B)"
     if isinstance(average, SequenceAverage):
-        return (
-            ""
-            if isinstance(objective.ratio, ProductRatio)
-            else "with each answer divided by its length, so that J becomes E[(R - J) / n]: not J itself"
-        )
+        divided = "with each answer divided by its length" + (", so that J becomes E[(R - J) / n]: not J itself" if goal == "J" else "")
+        return "" if isinstance(objective.ratio, ProductRatio) else divided
     return "with an average of your own"
-
-
-def _clamp(limit: float) -> str:
-    return "" if isinf(limit) else f" clamped to +-{limit:g}"
-
-
-def _shaped(kl: float) -> str:
-    return f", r_t with -{kl:g} (old - reference)_t" if kl else ""
-
-
-_BASELINES = {"none": "", "group_mean": " - mean return of the prompt's answers", "critic": " - V_t"}
-_SCALES = {"none": "", "group_std": " / std(group)", "batch_std": " / std(batch)", "whitened": ", whitened over the batch"}
-
-WORDS: Mapping[type, Callable[[Any], str]] = {
-    Imitate: lambda p: "Adv_t = 1" + ("" if p.keep == "all" else " on the first best answer of each prompt; the others do not count"),
-    Return: lambda p: "Adv_t = sum_k r_k, the whole return",
-    ReturnToGo: lambda p: (
-        f"Adv_t = sum_(k>=t) {p.gamma:g}^(k-t) r_k{_BASELINES[p.baseline]}{', whitened' if p.whitened else ''}{_shaped(p.kl)}"
-    ),
-    GAE: lambda p: (
-        f"Adv_t = sum_k ({p.gamma:g} * {p.lam:g})^k delta_(t+k), delta_t = r_t + {p.gamma:g} V_(t+1) - V_t"
-        f"{', whitened' if p.whitened else ''}{_shaped(p.kl)}{', score' + _clamp(p.clip_reward) if _clamp(p.clip_reward) else ''}"
-    ),
-    GroupRelative: lambda p: (
-        f"Adv_t = (R - mean of {'the other answers' if p.centre == 'leave_one_out' else 'the group'}){_SCALES[p.scale]}"
-        + (f", R with -{p.kl:g} sum_t (old - reference)_t" if p.kl else "")
-    ),
-    NoRatio: lambda p: "none",
-    TokenRatio: lambda p: "rho_t = exp(logprobs - old)_t",
-    ProductRatio: lambda p: "rho = exp(sum_t (logprobs - old)_t), one per answer",
-    GeometricRatio: lambda p: "rho = exp(mean_t (logprobs - old)_t), one per answer",
-    GeometricTokenRatio: lambda p: "rho_t = sg[exp(mean (logprobs - old))] exp(logprobs - sg[logprobs])_t",
-    Score: lambda p: "logprobs_t Adv_t",
-    Importance: lambda p: "rho_t Adv_t",
-    Clip: lambda p: f"min(rho Adv, clip(rho, {1 - p.low:g}, {1 + p.high:g}) Adv)",
-    TwoSided: lambda p: f"min(min(rho, {p.delta:g}) Adv, clip(rho, {1 - p.low:g}, {1 + p.high:g}) Adv)",
-    CappedScore: lambda p: f"sg[min(rho, {p.cap:g})] Adv logprobs",
-    SoftGate: lambda p: f"(4 / tau) sigmoid(tau (rho - 1)) Adv, tau = {p.positive:g} where Adv > 0, else {p.negative:g}",
-    TokenAverage: lambda p: "w_t = 1 / A, A actions in the batch",
-    SequenceAverage: lambda p: "w_t = 1 / (S n_i), S answers, n_i actions in this one",
-    PerBudget: lambda p: "w_t = 1 / S, S answers" if p.length == 1 else f"w_t = 1 / (S * {p.length}), S answers",
-    NoPenalty: lambda p: "none",
-    K1: lambda p: f"{p.beta:g} u_t, u = logprobs - reference",
-    K2: lambda p: f"{p.beta:g} u_t^2 / 2, u = logprobs - reference",
-    K3: lambda p: f"{p.beta:g} (exp(-u_t) + u_t - 1), u = logprobs - reference",
-    SequenceK3: lambda p: f"{p.beta:g} (exp(-U) + U - 1), U = sum_t (logprobs - reference)_t",
-    NoValue: lambda p: "none",
-    ValueLoss: lambda p: (
-        ".5 (V - R)^2" if isinf(p.clip) else f".5 max((V - R)^2, (clip(V, V_old +- {p.clip:g}) - R)^2)"
-    ) + f", coefficient {p.coefficient:g}",
-    ScoreMargin: lambda p: "score(chosen) - score(rejected)" + (f" - {p.offset:g}" if p.offset else ""),
-    ImplicitReward: lambda p: f"{p.beta:g} [log(policy/reference)(chosen) - log(policy/reference)(rejected)]" + (f" - {p.offset:g}" if p.offset else ""),
-    Logistic: lambda p: "-log sigmoid(h)" if not p.smoothing else f"-{1 - p.smoothing:g} log sigmoid(h) - {p.smoothing:g} log sigmoid(-h)",
-    NoRegulariser: lambda p: "none",
-    Centring: lambda p: f"{p.coefficient:g} (chosen + rejected)^2, of the rewards",
-}  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal, NamedTuple, Protocol
 
@@ -70,6 +70,13 @@ def check_not_negative(piece: object, **numbers: float) -> None:
     for name, number in numbers.items():
         if not number >= 0:
             raise UsageError(f"{type(piece).__name__}: {name}={number} must not be negative")
+
+
+def check_positive(piece: object, **numbers: float) -> None:
+    """Refuse a number that is not above 0."""
+    for name, number in numbers.items():
+        if not number > 0:
+            raise UsageError(f"{type(piece).__name__}: {name}={number} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,7 @@ class GAE(Credit):
         return kl_needs(self.kl) | {"values"}
 
     def __call__(self, rewards: Rewards, signals: Signals, layout: Layout) -> Credited:
-        clamped = Rewards(rewards.total.clamp(-self.clip_reward, self.clip_reward), rewards.parts, rewards.steps, rewards.scored)
+        clamped = replace(rewards, total=rewards.total.clamp(-self.clip_reward, self.clip_reward))
         following = signals.values.roll(-1).index_copy(0, layout.last, signals.final)
         delta = shaped(clamped, signals, layout, self.kl) + self.gamma * following - signals.values
         advantages = discounted_sums(delta, layout, self.gamma * self.lam)
@@ -220,6 +227,58 @@ class GroupRelative(Credit):
         return Credited(advantages, spread(reward, layout), scored)
 
 
+@dataclass(frozen=True)
+class ProcessRelative(Credit):
+    """A_t = sum of the normalised rewards of the steps that end at t or later (process supervision, 2402.03300); the score of the whole is not read.
+
+    A step's reward lies on its last action (`rewards.steps`, `rewards.ends`), and is normalised over all steps of all answers to the prompt:
+    less their mean, over their standard deviation (divisor n - ddof) + eps; 0 where all are equal.
+    """
+
+    ddof: Literal[0, 1] = 1
+    eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, eps=self.eps)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return NOTHING
+
+    @property
+    def compares(self) -> bool:
+        return True
+
+    def __call__(self, rewards: Rewards, signals: Signals, layout: Layout) -> Credited:
+        group = Layout(torch.arange(layout.actions, device=layout.sequence.device), layout.prompt[layout.sequence])  # every action a member
+        steps, ends = rewards.steps, rewards.ends
+        relative = steps - group_mean(steps, group, ends)[group.prompt]
+        relative = relative / (group_std(steps, group, ends, self.ddof)[group.prompt] + self.eps)
+        relative = torch.where(ends & ~group_flat(steps, group, ends)[group.prompt], relative, 0)
+        return Credited(discounted_sums(relative, layout, 1.0), discounted_sums(steps, layout, 1.0), rewards.scored)
+
+
+@dataclass(frozen=True)
+class Teacher(Credit):
+    """A_t = sum_{k>=t} discount^(k-t) (l_teacher - l_old)_k: on-policy distillation (2306.08543, 2306.13649). The teacher is the reference; no reward is read.
+
+    discount 0: each token's own log-ratio, prefixes frozen; 1, summed over actions: the gradient of -KL(policy || teacher) of whole answers.
+    """
+
+    discount: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fraction(self, discount=self.discount)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"old", "reference"})
+
+    def __call__(self, rewards: Rewards, signals: Signals, layout: Layout) -> Credited:
+        advantages = discounted_sums(signals.reference - signals.old, layout, self.discount)
+        return Credited(advantages, torch.full_like(advantages, torch.nan), rewards.scored)
+
+
 def earned(rewards: Rewards, layout: Layout) -> PerSequence:
     """What a sequence earned in all: its reward and the sum of its dense rewards."""
     return rewards.total + segment_sum(rewards.steps, layout)
@@ -244,7 +303,9 @@ def settled(rewards: Rewards, signals: Signals, layout: Layout) -> tuple[Rewards
     def quiet(x: Tensor) -> Tensor:
         return torch.where(seen, x, 0)
 
+    ends = rewards.ends.to(old.device) if rewards.ends.numel() else steps != 0
+    per_action = {name: quiet(getattr(signals, name)) for name in ("sampler", "old", "reference", "values", "entropy")}
     return (
-        Rewards(torch.where(scored, rewards.total.to(old), 0), rewards.parts, quiet(steps), scored),
-        Signals(quiet(signals.sampler), quiet(old), quiet(signals.reference), quiet(signals.values), torch.where(scored, final.to(old), 0)),
+        Rewards(torch.where(scored, rewards.total.to(old), 0), rewards.parts, quiet(steps), scored, ends & seen),
+        Signals(**per_action, final=torch.where(scored, final.to(old), 0)),
     )

@@ -13,12 +13,14 @@ from tilt.segments import Layout
 
 @dataclass(frozen=True)
 class Rewards:
-    """What was earned: `total` per sequence [S] (the weighted sum of `parts`), dense `steps` per action [A], and which sequences could be `scored` [S]."""
+    """What was earned: `total` per sequence [S] (the weighted sum of `parts`), dense `steps` per action [A], which sequences could be `scored` [S],
+    and the actions at which a judged step `ends` [A] (process supervision; a step may earn 0)."""
 
     total: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     steps: Tensor = field(default_factory=lambda: torch.zeros(0))
     scored: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    ends: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     @staticmethod
     def of(
@@ -27,17 +29,19 @@ class Rewards:
         *,
         parts: Mapping[str, Tensor] | None = None,
         scored: Tensor | None = None,
+        ends: Tensor | None = None,
         actions: int = 0,
     ) -> Rewards:
-        """Sequence rewards, all scored unless said otherwise; `steps` are zeros [actions] where none are given."""
+        """Sequence rewards, all scored unless said otherwise; `steps` are zeros [actions] where none are given, and `ends` are where they are not 0."""
         dense = torch.zeros(actions, dtype=total.dtype, device=total.device) if steps is None else steps
         seen = torch.ones_like(total, dtype=torch.bool) if scored is None else scored
-        return Rewards(total, parts or {}, dense, seen)
+        return Rewards(total, parts or {}, dense, seen, dense != 0 if ends is None else ends)
 
 
 @dataclass(frozen=True)
 class Signals:
-    """Log-probabilities of the actions under the sampler, the old policy and the reference, the critic's values (A each), and its value after the last action (S).
+    """Log-probabilities of the actions under the sampler, the old policy and the reference, the critic's values, the old policy's entropy (A each),
+    and the critic's value after the last action (S).
 
     A signal that nobody asked for is NaN: typed, and loud if used.
     """
@@ -46,6 +50,7 @@ class Signals:
     old: Tensor
     reference: Tensor
     values: Tensor
+    entropy: Tensor
     final: Tensor
 
     @staticmethod
@@ -55,14 +60,14 @@ class Signals:
         sampler: Tensor | None = None,
         reference: Tensor | None = None,
         values: Tensor | None = None,
+        entropy: Tensor | None = None,
         final: Tensor | None = None,
         sequences: int = 0,
     ) -> Signals:
         nan = torch.full_like(old, float("nan"))
         end = old.new_full((sequences,), float("nan")) if final is None else final
-        return Signals(
-            nan if sampler is None else sampler, old, nan if reference is None else reference, nan if values is None else values, end
-        )
+        first, second, third, fourth = (nan if x is None else x for x in (sampler, reference, values, entropy))
+        return Signals(first, old, second, third, fourth, end)
 
 
 @dataclass(frozen=True)
@@ -92,13 +97,14 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Experience:
-    """Ready for the loss: advantages, returns and weights (A each) fixed on the whole batch, before any split."""
+    """Ready for the loss: advantages, returns, weights, and factors on the weights of the policy term (A each), fixed on the whole batch before any split."""
 
     layout: Layout
     signals: Signals
     advantages: Tensor
     returns: Tensor
     weights: Tensor
+    factors: Tensor
 
     def take(self, sequences: Tensor) -> Experience:
         """The part of the experience that belongs to these sequences, actions in the order in which the sequences are named."""
@@ -107,4 +113,5 @@ class Experience:
         signals = Signals(
             **{f.name: getattr(self.signals, f.name)[sequences if f.name in per_sequence else actions] for f in fields(Signals)}
         )
-        return Experience(self.layout.take(sequences), signals, self.advantages[actions], self.returns[actions], self.weights[actions])
+        per_action = (x[actions] for x in (self.advantages, self.returns, self.weights, self.factors))
+        return Experience(self.layout.take(sequences), signals, *per_action)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
+from tilt.errors import UsageError
+from tilt.objectives.control import Bonus, Control, NoBonus, NoControl, check_control
+from tilt.objectives.corrections import Correction
 from tilt.objectives.credit import Credit, Imitate, settled
 from tilt.objectives.experience import Experience, Outputs, Rewards, Signals
-from tilt.objectives.policy import Average, NoPenalty, Penalty, Ratio, Surrogate, TokenAverage
+from tilt.objectives.penalty import NoPenalty, Penalty, TrustRegion
+from tilt.objectives.policy import Average, NoRatio, Ratio, Score, Sides, Surrogate, TokenAverage, nowhere
 from tilt.objectives.value import NoValue, Value
 from tilt.segments import Layout, segment_mean, segment_sum, spread
 from tilt.shapes import ActionMask, Scalar
@@ -20,9 +24,10 @@ Metrics = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Objective:
-    """loss = sum_t w_t (penalty_t - surrogate(ratio, logprobs, advantages)_t + coefficient * value_t).
+    """loss = sum_t w_t (c_t (penalty_t - surrogate(ratio, logprobs, advantages)_t - bonus_t) + coefficient * value_t), c_t the product of the corrections.
 
     `prepare` fixes advantages and weights w on the whole batch; the losses of any split into whole sequences then add up to the loss of the batch.
+    `control` gives the row of the next step.
     """
 
     credit: Credit
@@ -31,17 +36,40 @@ class Objective:
     average: Average
     penalty: Penalty = field(default_factory=NoPenalty)
     value: Value = field(default_factory=NoValue)
+    corrections: tuple[Correction, ...] = ()
+    bonus: Bonus = field(default_factory=NoBonus)
+    control: Control = field(default_factory=NoControl)
+
+    def __post_init__(self) -> None:
+        check_control(self)
+        if isinstance(self.ratio, NoRatio) and _still(self.surrogate):
+            raise UsageError(
+                f"{type(self.surrogate).__name__} moves the policy through the ratio, and the ratio is none: set ratio to token, product or geometric"
+            )
+        if isinstance(self.surrogate, Score) and not isinstance(self.ratio, NoRatio):
+            raise UsageError(
+                f"Score does not read the ratio, so {type(self.ratio).__name__} has no effect: set ratio to none, or surrogate to importance"
+            )
 
     @property
     def needs(self) -> frozenset[str]:
-        """Signals that a batch of several optimizer steps reads, among old, reference, values. With one step old may be the detached logprobs,
-        unless `credit.needs` names it."""
-        return self.credit.needs | self.ratio.needs | self.penalty.needs | self.value.needs
+        """Signals that a batch of several optimizer steps reads, among sampler, old, reference, values, entropy. With one step old may be the
+        detached logprobs, unless `credit.needs` names it."""
+        found = self.credit.needs | self.ratio.needs | self.penalty.needs | self.value.needs
+        return found.union(*(correction.needs for correction in self.corrections))
+
+    @property
+    def against(self) -> str:
+        """The policy that `outputs.kl` must compare with: none, reference or old."""
+        return getattr(self.penalty, "against", "none")
 
     @property
     def passes(self) -> int | None:
-        """How often one action may be trained on: None is any number, as for demonstrations."""
-        return None if isinstance(self.credit, Imitate) else getattr(self.surrogate, "passes", None)
+        """How often one action may be trained on: None is any number, as for demonstrations, or where something holds the policy near the old one."""
+        if isinstance(self.penalty, TrustRegion):
+            return 1
+        held = self.against == "old" or getattr(self.ratio, "bounded", False)
+        return None if isinstance(self.credit, Imitate) or held else getattr(self.surrogate, "passes", None)
 
     def check(self, samples: int, passes: int) -> list[str]:
         """Why this row cannot run with so many samples a prompt and passes over a batch, in the user's words; empty when it can."""
@@ -78,7 +106,10 @@ class Objective:
             seen = spread(counted, layout)
             weights = self.average(layout, counted).to(signals.old)
             kept = signals if signals.final.numel() else replace(signals, final=quiet_signals.final)
-            return Experience(layout, kept, torch.where(seen, advantages, 0), torch.where(seen, returns, 0), weights)
+            factors = torch.ones_like(weights)
+            for correction in self.corrections:
+                factors = factors * correction.fixed(quiet_signals, layout, seen).to(weights)
+            return Experience(layout, kept, torch.where(seen, advantages, 0), torch.where(seen, returns, 0), weights, factors)
 
     def loss(self, outputs: Outputs, experience: Experience) -> Scalar:
         """The part of the batch's loss that these whole sequences contribute; parts add, in value and gradient."""
@@ -89,12 +120,34 @@ class Objective:
         return loss
 
     def _ratio(self, outputs: Outputs, experience: Experience) -> Tensor:
-        return self.ratio(outputs.logprobs, experience.signals.old, experience.layout)
+        return self.ratio(outputs.logprobs, experience.signals.old, experience.layout, experience.advantages)
 
     def _policy_loss(self, outputs: Outputs, experience: Experience) -> Tensor:
         gain = self.surrogate(self._ratio(outputs, experience), outputs.logprobs, experience.advantages)
         gain = gain - self.penalty(outputs, experience.signals, experience.layout)
-        return -(experience.weights * gain).sum()
+        gain = gain + self.bonus(outputs) if self.bonus.coefficient else gain
+        return -(experience.weights * self.factors(outputs, experience) * gain).sum()
+
+    def factors(self, outputs: Outputs, experience: Experience) -> Tensor:
+        """The product of the corrections of each action, [A], without gradient."""
+        found = experience.factors
+        with torch.no_grad():
+            for correction in self.corrections:
+                found = found * correction(outputs, experience)
+        return found
+
+    def clip_sides(self, outputs: Outputs, experience: Experience) -> Sides:
+        """Actions whose gradient is cut, or whose weight is capped, because the ratio is too low, and because it is too high; none without a ratio."""
+        if "old" not in self.ratio.needs:
+            return nowhere(outputs.logprobs)
+        old, advantages = experience.signals.old, experience.advantages
+        found = nowhere(outputs.logprobs)
+        if hasattr(self.surrogate, "clipped"):
+            found = self.surrogate.clipped(self._ratio(outputs, experience), advantages)
+        if hasattr(self.ratio, "clipped"):
+            own = self.ratio.clipped(outputs.logprobs, old, advantages)
+            found = (found[0] | own[0], found[1] | own[1])
+        return found
 
     def _value_loss(self, outputs: Outputs, experience: Experience) -> Tensor:
         return (experience.weights * self.value(outputs.values, experience.signals.values, experience.returns)).sum()
@@ -114,16 +167,27 @@ class Objective:
             found["policy/approxkl_avg"] = (0.5 * change.square().sum(), count)
             found["val/ratio"] = (torch.where(seen, ratio, 0).sum(), count)
             found["val/ratio_spread"] = (torch.where(seen, (ratio - 1).square(), 0).sum(), count)
-            low, high = self.surrogate.clipped(ratio, experience.advantages) if hasattr(self.surrogate, "clipped") else (~seen & seen,) * 2
+            low, high = self.clip_sides(outputs, experience)
             for name, mask in (("clipfrac_avg", low | high), ("clipfrac_low", low), ("clipfrac_high", high)):
                 found[f"policy/{name}"] = _fraction(mask & seen, seen, layout, self.ratio.per_sequence)
-        if self.penalty.needs:
+        if not isinstance(self.penalty, NoPenalty | TrustRegion):
             found["policy/penalty_avg"] = (self.penalty(outputs, signals, layout).sum(), count)
+        if self.against != "none":
+            compared = seen & ~outputs.kl.isnan()
+            found[f"policy/kl_{self.against}"] = (torch.where(compared, outputs.kl, 0).sum(), compared.sum().to(count))
+        if self.corrections:
+            found["policy/correction_avg"] = (torch.where(seen, self.factors(outputs, experience), 0).sum(), count)
         if self.value.needs:
             clipped = self.value.clipped(outputs.values, signals.values, experience.returns)
             found["loss/value_avg"] = (self._value_loss(outputs, experience), share)
             found["val/clipfrac_avg"] = _fraction(clipped & seen, seen, layout, False)
         return found
+
+
+def _still(surrogate: Surrogate) -> bool:
+    """Whether the surrogate has no gradient by the log-probabilities themselves, so that without a ratio nothing moves."""
+    logprobs = torch.full((2,), -1.0, requires_grad=True)
+    return not surrogate(torch.ones(2), logprobs, torch.tensor([1.0, -1.0])).requires_grad
 
 
 def _counted(experience: Experience) -> ActionMask:
@@ -138,7 +202,7 @@ def _quiet(outputs: Outputs, experience: Experience, seen: ActionMask) -> tuple[
         return torch.where(seen, x, 0)
 
     signals = experience.signals
-    kept = Signals(zero(signals.sampler), zero(signals.old), zero(signals.reference), zero(signals.values), signals.final)
+    kept = Signals(**{f.name: getattr(signals, f.name) if f.name == "final" else zero(getattr(signals, f.name)) for f in fields(Signals)})
     return (
         Outputs(zero(outputs.logprobs), zero(outputs.entropy), zero(outputs.kl), zero(outputs.values), outputs.final),
         replace(experience, signals=kept),

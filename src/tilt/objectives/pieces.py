@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from tilt.objectives.credit import GAE, GroupRelative, Imitate, Return, ReturnToGo
+from tilt.objectives.control import Doubling, EntropyBonus, EntropyTarget, NoBonus, NoControl, Proportional
+from tilt.objectives.corrections import HighEntropy, MaskedImportance, SequenceMask, TruncatedImportance
+from tilt.objectives.credit import GAE, GroupRelative, Imitate, ProcessRelative, Return, ReturnToGo, Teacher
+from tilt.objectives.penalty import K1, K2, K3, ExactKL, NoPenalty, OldKL, TrustRegion
 from tilt.objectives.policy import (
-    K1,
-    K2,
-    K3,
     CappedScore,
     Clip,
+    ClippedGeometricRatio,
     GeometricRatio,
     GeometricTokenRatio,
     Importance,
-    NoPenalty,
     NoRatio,
     PerBudget,
+    ProbabilityScore,
     ProductRatio,
     Score,
     SequenceAverage,
-    SequenceK3,
+    SmoothWeight,
     SoftGate,
     TokenAverage,
     TokenRatio,
@@ -32,12 +33,19 @@ from tilt.objectives.value import NoValue, ValueLoss
 
 # fmt: off
 PIECES: Mapping[str, Mapping[str, type]] = MappingProxyType({
-    "credit":      {"imitate": Imitate, "return": Return, "return_to_go": ReturnToGo, "gae": GAE, "group_relative": GroupRelative},
-    "ratio":       {"none": NoRatio, "token": TokenRatio, "product": ProductRatio, "geometric": GeometricRatio, "geometric_token": GeometricTokenRatio},
-    "surrogate":   {"score": Score, "importance": Importance, "clip": Clip, "two_sided": TwoSided, "capped_score": CappedScore, "soft_gate": SoftGate},
+    "credit":      {"imitate": Imitate, "return": Return, "return_to_go": ReturnToGo, "gae": GAE, "group_relative": GroupRelative,
+                    "process_relative": ProcessRelative, "teacher": Teacher},
+    "ratio":       {"none": NoRatio, "token": TokenRatio, "product": ProductRatio, "geometric": GeometricRatio, "geometric_token": GeometricTokenRatio,
+                    "clipped_geometric": ClippedGeometricRatio},
+    "surrogate":   {"score": Score, "importance": Importance, "clip": Clip, "two_sided": TwoSided, "capped_score": CappedScore, "soft_gate": SoftGate,
+                    "probability_score": ProbabilityScore, "smooth_weight": SmoothWeight},
     "average":     {"token": TokenAverage, "sequence": SequenceAverage, "per_budget": PerBudget},
-    "penalty":     {"none": NoPenalty, "k1": K1, "k2": K2, "k3": K3, "sequence_k3": SequenceK3},
+    "penalty":     {"none": NoPenalty, "k1": K1, "k2": K2, "k3": K3, "exact_kl": ExactKL, "old_kl": OldKL, "trust_region": TrustRegion},
     "value":       {"none": NoValue, "value_loss": ValueLoss},
+    "corrections": {"truncated_importance": TruncatedImportance, "masked_importance": MaskedImportance, "sequence_mask": SequenceMask,
+                    "high_entropy": HighEntropy},
+    "bonus":       {"none": NoBonus, "entropy": EntropyBonus},
+    "control":     {"none": NoControl, "doubling": Doubling, "proportional": Proportional, "entropy_target": EntropyTarget},
     "margin":      {"score": ScoreMargin, "implicit_reward": ImplicitReward},
     "link":        {"logistic": Logistic},
     "regulariser": {"none": NoRegulariser, "centring": Centring},

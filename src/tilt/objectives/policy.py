@@ -1,4 +1,4 @@
-"""The policy term: ratio, surrogate, average and penalty, each on the action axis (algorithms.md, sections 1-2)."""
+"""The policy term: ratio, surrogate and average, each on the action axis (algorithms.md, sections 1-2)."""
 
 from __future__ import annotations
 
@@ -8,27 +8,36 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from tilt.distributions import k1, k2, k3
 from tilt.errors import UsageError
-from tilt.objectives.credit import NOTHING, check_not_negative
-from tilt.objectives.experience import Outputs, Signals
+from tilt.objectives.credit import NOTHING, check_not_negative, check_positive
 from tilt.segments import Layout, segment_mean, segment_sum, spread
 from tilt.shapes import ActionMask, PerAction, SequenceMask
 
 OLD: frozenset[str] = frozenset({"old"})
-REFERENCE: frozenset[str] = frozenset({"reference"})
+Sides = tuple[ActionMask, ActionMask]
+
+
+def nowhere(x: PerAction) -> Sides:
+    """No action on either side."""
+    none = torch.zeros_like(x, dtype=torch.bool)
+    return none, none
 
 
 # ------------------------------------------------------------------------------------------------ ratios
 
 
 class Ratio(Protocol):
-    """policy / old per action [A]; `per_sequence` when all actions of a sequence share one number."""
+    """policy / old per action [A]; `per_sequence` when all actions of a sequence share one number, `bounded` when it cannot run away."""
 
     needs: ClassVar[frozenset[str]] = OLD
     per_sequence: ClassVar[bool] = False
+    bounded: ClassVar[bool] = False
 
-    def __call__(self, logprobs: PerAction, old: PerAction, layout: Layout) -> PerAction: ...
+    def __call__(self, logprobs: PerAction, old: PerAction, layout: Layout, advantages: PerAction) -> PerAction: ...
+
+    def clipped(self, logprobs: PerAction, old: PerAction, advantages: PerAction) -> Sides:
+        """Actions that the ratio itself holds still, because theirs is too low, and because it is too high."""
+        return nowhere(logprobs)
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class NoRatio(Ratio):
 
     needs: ClassVar[frozenset[str]] = NOTHING
 
-    def __call__(self, logprobs: PerAction, old: PerAction, layout: Layout) -> PerAction:
+    def __call__(self, logprobs: PerAction, old: PerAction, layout: Layout, advantages: PerAction) -> PerAction:
         return torch.ones_like(logprobs)
 
 
@@ -45,7 +54,7 @@ class NoRatio(Ratio):
 class TokenRatio(Ratio):
     """exp(D_t), D = l - l_old."""
 
-    def __call__(self, logprobs: PerAction, old: PerAction, layout: Layout) -> PerAction:
+    def __call__(self, logprobs: PerAction, old: PerAction, layout: Layout, advantages: PerAction) -> PerAction:
         return (logprobs - old).exp()
 
 
@@ -55,7 +64,7 @@ class ProductRatio(Ratio):
 
     per_sequence: ClassVar[bool] = True
 
-    def __call__(self, logprobs: PerAction, old: PerAction, layout: Layout) -> PerAction:
+    def __call__(self, logprobs: PerAction, old: PerAction, layout: Layout, advantages: PerAction) -> PerAction:
         return spread(segment_sum(logprobs - old, layout).exp(), layout)
 
 
@@ -65,7 +74,7 @@ class GeometricRatio(Ratio):
 
     per_sequence: ClassVar[bool] = True
 
-    def __call__(self, logprobs: PerAction, old: PerAction, layout: Layout) -> PerAction:
+    def __call__(self, logprobs: PerAction, old: PerAction, layout: Layout, advantages: PerAction) -> PerAction:
         return spread(segment_mean(logprobs - old, layout).exp(), layout)
 
 
@@ -75,8 +84,30 @@ class GeometricTokenRatio(Ratio):
 
     per_sequence: ClassVar[bool] = True
 
-    def __call__(self, logprobs: PerAction, old: PerAction, layout: Layout) -> PerAction:
+    def __call__(self, logprobs: PerAction, old: PerAction, layout: Layout, advantages: PerAction) -> PerAction:
         return spread(segment_mean(logprobs - old, layout).exp(), layout).detach() * (logprobs - logprobs.detach()).exp()
+
+
+@dataclass(frozen=True)
+class ClippedGeometricRatio(Ratio):
+    """exp(mean_t m_t), m_t = min(D_t, clip(D_t, -width, width)) where Adv > 0, else max(D_t, clip(D_t, -width, width)) (GMPO, 2507.20673)."""
+
+    width: float = 0.4
+    per_sequence: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_positive(self, width=self.width)
+
+    def __call__(self, logprobs: PerAction, old: PerAction, layout: Layout, advantages: PerAction) -> PerAction:
+        change = logprobs - old
+        near = change.clamp(-self.width, self.width)
+        kept = torch.where(advantages > 0, torch.minimum(change, near), torch.maximum(change, near))
+        return spread(segment_mean(kept, layout).exp(), layout)
+
+    def clipped(self, logprobs: PerAction, old: PerAction, advantages: PerAction) -> Sides:
+        change = logprobs - old
+        return (change < -self.width) & (advantages < 0), (change > self.width) & (advantages > 0)
 
 
 # -------------------------------------------------------------------------------------------- surrogates
@@ -89,10 +120,9 @@ class Surrogate(Protocol):
 
     def __call__(self, ratio: PerAction, logprobs: PerAction, advantages: PerAction) -> PerAction: ...
 
-    def clipped(self, ratio: PerAction, advantages: PerAction) -> tuple[ActionMask, ActionMask]:
+    def clipped(self, ratio: PerAction, advantages: PerAction) -> Sides:
         """Actions whose gradient is cut because the ratio is too low, and because it is too high."""
-        none = torch.zeros_like(ratio, dtype=torch.bool)
-        return none, none
+        return nowhere(ratio)
 
 
 @dataclass(frozen=True)
@@ -128,7 +158,7 @@ class Clip(Surrogate):
     def __call__(self, ratio: PerAction, logprobs: PerAction, advantages: PerAction) -> PerAction:
         return torch.minimum(ratio * advantages, ratio.clamp(1 - self.low, 1 + self.high) * advantages)
 
-    def clipped(self, ratio: PerAction, advantages: PerAction) -> tuple[ActionMask, ActionMask]:
+    def clipped(self, ratio: PerAction, advantages: PerAction) -> Sides:
         return (ratio < 1 - self.low) & (advantages < 0), (ratio > 1 + self.high) & (advantages > 0)
 
 
@@ -148,7 +178,7 @@ class TwoSided(Surrogate):
     def __call__(self, ratio: PerAction, logprobs: PerAction, advantages: PerAction) -> PerAction:
         return torch.minimum(ratio.clamp(max=self.delta) * advantages, ratio.clamp(1 - self.low, 1 + self.high) * advantages)
 
-    def clipped(self, ratio: PerAction, advantages: PerAction) -> tuple[ActionMask, ActionMask]:
+    def clipped(self, ratio: PerAction, advantages: PerAction) -> Sides:
         high = ((ratio > 1 + self.high) & (advantages > 0)) | ((ratio > self.delta) & (advantages < 0))
         return (ratio < 1 - self.low) & (advantages < 0), high
 
@@ -167,7 +197,7 @@ class CappedScore(Surrogate):
     def __call__(self, ratio: PerAction, logprobs: PerAction, advantages: PerAction) -> PerAction:
         return ratio.clamp(max=self.cap).detach() * advantages * logprobs
 
-    def clipped(self, ratio: PerAction, advantages: PerAction) -> tuple[ActionMask, ActionMask]:
+    def clipped(self, ratio: PerAction, advantages: PerAction) -> Sides:
         """Here the weight is capped; the gradient stays."""
         return torch.zeros_like(ratio, dtype=torch.bool), ratio > self.cap
 
@@ -180,12 +210,41 @@ class SoftGate(Surrogate):
     negative: float = 1.05
 
     def __post_init__(self) -> None:
-        if not (self.positive > 0 and self.negative > 0):
-            raise UsageError(f"SoftGate: positive={self.positive} and negative={self.negative} must be above 0")
+        check_positive(self, positive=self.positive, negative=self.negative)
 
     def __call__(self, ratio: PerAction, logprobs: PerAction, advantages: PerAction) -> PerAction:
         tau = torch.where(advantages > 0, ratio.new_tensor(self.positive), ratio.new_tensor(self.negative))
         return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
+
+
+@dataclass(frozen=True)
+class ProbabilityScore(Surrogate):
+    """sg[exp(l)] l Adv: likelihood that trusts a surprising action less, by its own probability (DFT, 2508.05629)."""
+
+    passes: ClassVar[int | None] = 1
+
+    def __call__(self, ratio: PerAction, logprobs: PerAction, advantages: PerAction) -> PerAction:
+        return logprobs.detach().exp() * logprobs * advantages
+
+
+@dataclass(frozen=True)
+class SmoothWeight(Surrogate):
+    """sg[phi(w)] Adv l, phi(w) = w^k exp(lam (1 - w)) of the whole answer's ratio w: 1 at w = 1, 0 at both ends (VESPO).
+
+    (k, lam) = (`power`, `decay`) where Adv >= 0, and exchanged where Adv < 0.
+    """
+
+    power: float = 2.0
+    decay: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_positive(self, power=self.power, decay=self.decay)
+
+    def __call__(self, ratio: PerAction, logprobs: PerAction, advantages: PerAction) -> PerAction:
+        good = advantages >= 0
+        power = torch.where(good, ratio.new_tensor(self.power), ratio.new_tensor(self.decay))
+        decay = torch.where(good, ratio.new_tensor(self.decay), ratio.new_tensor(self.power))
+        return (decay + power * ratio.log() - decay * ratio).exp().detach() * advantages * logprobs
 
 
 # ---------------------------------------------------------------------------------------------- averages
@@ -234,76 +293,3 @@ class PerBudget(Average):
 
     def share(self, weights: PerAction, layout: Layout) -> Tensor:
         return (weights * self.length / spread(layout.lengths, layout)).sum()
-
-
-# --------------------------------------------------------------------------------------------- penalties
-
-
-class Penalty(Protocol):
-    """What is taken off the gain of each action [A]."""
-
-    needs: ClassVar[frozenset[str]] = REFERENCE
-
-    def __call__(self, outputs: Outputs, signals: Signals, layout: Layout) -> PerAction: ...
-
-
-@dataclass(frozen=True)
-class NoPenalty(Penalty):
-    """Nothing is taken off, and the reference is not read."""
-
-    needs: ClassVar[frozenset[str]] = NOTHING
-
-    def __call__(self, outputs: Outputs, signals: Signals, layout: Layout) -> PerAction:
-        return torch.zeros_like(outputs.logprobs)
-
-
-@dataclass(frozen=True)
-class K1(Penalty):
-    """beta u, u = l - l_ref. Its expected gradient is 0: use KL in the reward instead."""
-
-    beta: float = 0.05
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, beta=self.beta)
-
-    def __call__(self, outputs: Outputs, signals: Signals, layout: Layout) -> PerAction:
-        return self.beta * k1(outputs.logprobs - signals.reference)
-
-
-@dataclass(frozen=True)
-class K2(Penalty):
-    """beta u^2 / 2: pulls along KL(policy || reference), prefixes frozen."""
-
-    beta: float = 0.01
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, beta=self.beta)
-
-    def __call__(self, outputs: Outputs, signals: Signals, layout: Layout) -> PerAction:
-        return self.beta * k2(outputs.logprobs - signals.reference)
-
-
-@dataclass(frozen=True)
-class K3(Penalty):
-    """beta (exp(-u) + u - 1): pulls along KL(reference || policy), prefixes frozen (DeepSeekMath, 2402.03300)."""
-
-    beta: float = 0.04
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, beta=self.beta)
-
-    def __call__(self, outputs: Outputs, signals: Signals, layout: Layout) -> PerAction:
-        return self.beta * k3(outputs.logprobs - signals.reference)
-
-
-@dataclass(frozen=True)
-class SequenceK3(Penalty):
-    """beta (exp(-U) + U - 1), U = sum_t u_t, on every action of the sequence (the shorthand of DeepSeek-R1, 2501.12948)."""
-
-    beta: float = 0.04
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, beta=self.beta)
-
-    def __call__(self, outputs: Outputs, signals: Signals, layout: Layout) -> PerAction:
-        return self.beta * spread(k3(segment_sum(outputs.logprobs - signals.reference, layout)), layout)

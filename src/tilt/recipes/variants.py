@@ -76,12 +76,25 @@ def override(row: R, overrides: Mapping[str, Any], where: str = "objective") -> 
             problems.append(f"unknown key `{where}.{slot}`: {hint(str(slot), slots)}")
             continue
         try:
-            changed[slot] = build_piece(value, PIECES[slot], getattr(row, slot), f"{where}.{slot}")
+            changed[slot] = _slot(value, PIECES[slot], getattr(row, slot), f"{where}.{slot}")
         except UsageError as error:
             problems.append(str(error))
     if problems:
         raise VariantError("\n".join(problems))
-    return replace(row, **changed)
+    try:
+        return replace(row, **changed)
+    except UsageError as error:
+        raise VariantError(f"`{where}`: {error}") from None
+
+
+def _slot(value: Any, registry: Mapping[str, type], own: Any, where: str) -> Any:
+    """The piece of a slot, or the tuple of pieces where the slot holds several: a list, or one alone; [] empties it."""
+    if not isinstance(own, tuple):
+        return build_piece(value, registry, own, where)
+    if isinstance(value, str) and value == "none":
+        return ()
+    given = list(value) if isinstance(value, list | tuple) else [value]
+    return tuple(build_piece(each, registry, None, f"{where}.{i}" if len(given) > 1 else where) for i, each in enumerate(given))
 
 
 def import_row(algorithm: str, kind: type[R]) -> R:
