@@ -85,6 +85,22 @@ def algorithms(
     show.show_algorithms(name, changes or [])
 
 
+@app.command()
+def trace(
+    words: Annotated[
+        list[str], typer.Argument(metavar="NAME … [slot.key=value …]", help="algorithms, side by side where several; then slots to change")
+    ],
+    run: Annotated[str, typer.Option(help="a run's folder: one of its stored batches instead of the fixture")] = "",
+    step: Annotated[int | None, typer.Option(help="which stored step; by default the last", min=0)] = None,
+    group: Annotated[int, typer.Option(help="which prompt's answers to show", min=0)] = 0,
+    json: Annotated[bool, typer.Option("--json", help="everything as one JSON object")] = False,
+) -> None:
+    """One step, every number beside its formula, the function that computed it, and its source."""
+    from tilt.cli.trace import show_trace
+
+    show_trace(words, run, step, group, json)
+
+
 @data.command("show")
 def data_show(
     source: Annotated[str, typer.Argument(metavar="FILE", help="a file, a folder, or the name of a public set")],

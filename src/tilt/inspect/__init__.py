@@ -1,0 +1,1 @@
+"""Looking: one step with every intermediate number beside its formula and the function that computed it."""

@@ -1,0 +1,82 @@
+"""A batch of a finished or running run, from the rollouts that it stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilt.errors import DataError, UsageError
+from tilt.inspect.fixtures import Batch
+from tilt.objectives import Layout, Objective, Outputs, Rewards, Signals
+from tilt.runs import rollout_store
+
+HALF = "log-probabilities are stored in half precision: differences of them are good to about 1e-3"
+
+
+def stored_batch(run: Path, step: int | None) -> tuple[Batch, int]:
+    """The batch of a step (the last stored one by default), and its number. The policy is the one that the last pass of the update saw."""
+    folder = run / "rollouts"
+    steps = rollout_store.stored(folder)
+    if not steps:
+        raise DataError(f"{run} holds no rollouts: a run of `tilt rl` stores them in rollouts/, every `rollouts_every` steps")
+    number = steps[-1] if step is None else step
+    if number not in steps:
+        raise DataError(f"{folder} holds no step {number}; it holds {', '.join(map(str, steps))}")
+    return batch_of(rollout_store.read(rollout_store.path_of(folder, number))), number
+
+
+def batch_of(rows: list[dict[str, Any]]) -> Batch:
+    """Stored rows as an objective reads them, in float64; what was not stored is NaN."""
+    names: dict[int, int] = {}
+    prompts = [names.setdefault(row["group_id"], len(names)) for row in rows]
+    layout = Layout.of([sum(row["mask"]) for row in rows], prompts)
+    reward = torch.tensor([torch.nan if row["reward"] is None else row["reward"] for row in rows], dtype=torch.float64)
+    old, reference, values = (_channel(rows, name, layout) for name in ("old_logprobs", "reference_logprobs", "value"))
+    new, moved = _channel(rows, "new_logprobs", layout), _channel(rows, "delta_ref", layout)
+    untrained = new.isnan()
+    policy = torch.where(untrained, old, new)
+    reference = torch.where(moved.isnan(), reference, policy - moved)
+    signals = Signals.of(
+        old, sampler=_channel(rows, "sampler_logprobs", layout), reference=reference, values=values, entropy=_channel(rows, "entropy", layout),
+        final=torch.zeros(layout.sequences, dtype=torch.float64),
+    )  # fmt: skip
+    said = [HALF]
+    if not values.isnan().all():
+        said.append("the critic's values are those before the update; the new ones are not stored, so its loss is shown at the old ones")
+    if untrained.any():
+        said.append("answers that the update left out are shown with policy = old")
+    return Batch(
+        Rewards.of(reward, scored=~reward.isnan(), actions=layout.actions), signals, layout,
+        Outputs.of(policy.requires_grad_(), values=values.clone().requires_grad_(), sequences=layout.sequences),
+        [row["completion"] for row in rows], said,
+    )  # fmt: skip
+
+
+def _channel(rows: list[dict[str, Any]], name: str, layout: Layout) -> Tensor:
+    """A token channel on the action axis, [A]; NaN where it is not stored."""
+    found = [
+        torch.nan if row.get(name) is None or row[name][i] is None else float(row[name][i])
+        for row in rows
+        for i, chosen in enumerate(row["mask"])
+        if chosen
+    ]
+    assert len(found) == layout.actions
+    return torch.tensor(found, dtype=torch.float64)
+
+
+STORED: Mapping[str, str] = {"reference": "reference_logprobs", "values": "value", "sampler": "sampler_logprobs", "entropy": "entropy"}
+
+
+def check_stored(row: Objective, batch: Batch, name: str, run: Path) -> None:
+    """Refuse a row that reads what the run did not store."""
+    missing = [STORED[need] for need in sorted(row.needs & STORED.keys()) if getattr(batch.signals, need).isnan().all()]
+    if row.against != "none":
+        missing.append("distributions over the whole vocabulary")
+    if missing:
+        raise UsageError(
+            f"{name} reads {' and '.join(missing)}, which {run} did not store: trace a run of {name}, or another algorithm on this one"
+        )
