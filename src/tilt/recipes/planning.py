@@ -128,7 +128,7 @@ def reinforcement(config: rl_settings.Config) -> list[str]:
         0 if config.pretrain_data is None else config.pretrain_data.batch * config.pretrain_data.length * config.passes * config.minibatches
     )
     passes = config.passes * (1 + (critic > 0)) + FORWARD * (
-        len(held) + ("old" in objective.needs) * (config.passes * config.minibatches > 1)
+        len(held.keys() - {"mask"}) + ("old" in objective.needs) * (config.passes * config.minibatches > 1)
     )
     drawing = _generation(config, found, policy, prompts, sampling_of(config.sampling, found.render))
     each = drawing + (tokens * passes + beside) * measured.seconds
@@ -142,7 +142,8 @@ def reinforcement(config: rl_settings.Config) -> list[str]:
         f"time       at most about {duration(config.steps * each)}: {config.steps} steps × {each:.2f} s, of which {drawing:.2f} s to generate, "
         f"if every answer is {longest} tokens long; estimated from {measured.tokens:,} tokens and 8 decoding steps tried here; evaluations come on top",
         *([f"note       {policy.note}"] if policy.note else []),
-        "objective  " + card(objective, name=name, samples=config.samples, passes=config.passes).replace("\n", "\n           "),
+        "objective  "
+        + card(objective, name=name, samples=config.samples, passes=config.passes, **config.narrowing).replace("\n", "\n           "),
     ]
 
 
@@ -267,6 +268,8 @@ def _held(config: rl_settings.Config, objective: Objective, found: Opened, polic
     held: dict[str, int] = {}
     if "reference" in objective.needs or config.max_kl is not None or config.lora is None:
         held["reference"] = 0 if config.lora is not None and config.reference is None else body
+    if config.mask is not None:
+        held["mask"] = body
     if config.reward is None:
         held["reward model (of the policy's size, from the stage before)"] = body
     else:
@@ -341,6 +344,8 @@ def _generation(config: rl_settings.Config, found: Opened, policy: Policy, promp
     times = []
     for length in (1, 1, 9):
         sampler = Sampler(found.lm, found.tokenizer, replace(sampling, max_tokens=length, stop_ids=(), stop_strings=()), slots=slots)
+        if config.mask is not None:
+            sampler.mask(config.mask.top_p)
         began = perf_counter()
         sampler.sample(asked, config.samples, step=0, stream="trial")
         _wait(found.device)

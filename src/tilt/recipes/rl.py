@@ -90,6 +90,8 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
         clock, watch = Clock(), recorder.watches(step)
         prompts = parts.source.draw(step, config.prompts)
         with clock("generate"):
+            if config.mask is not None and step % config.mask.refresh == 0:
+                sampler.mask(config.mask.top_p)
             rollouts = sampler.sample(prompts, config.samples, step=step)
         with clock("reward"):
             answers = Answers(rollouts, *parts.scoring.judge(rollouts))
@@ -231,7 +233,7 @@ def _learner(
 
 def _described(config: Config, name: str, objective: Objective) -> str:
     """What is optimised, for the run's record: the row, the file it came from, and its card with this run's numbers."""
-    numbers = card(objective, name=name, samples=config.samples, passes=config.passes)
+    numbers = card(objective, name=name, samples=config.samples, passes=config.passes, **config.narrowing)
     return "\n".join([*origin(config.algorithm).lines(objective), "", numbers]) + "\n"
 
 

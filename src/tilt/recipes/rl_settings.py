@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tilt.recipes.settings import Count, Evaluation, Reward, Sampling, Texts, Training
+from tilt.recipes.settings import Count, Evaluation, Mask, Reward, Sampling, Texts, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.variants import resolve
 
@@ -48,6 +48,12 @@ class Config(Training):
     passes: Annotated[int, Field(ge=1, description="times each answer is trained on")] = 1
     minibatches: Annotated[int, Field(ge=1, description="optimizer steps a pass")] = 1
     sampling: Sampling = Sampling()
+    mask: Annotated[
+        Mask | None,
+        Field(
+            description="a mapping (even {}) draws training answers inside the top-p sets of a copy of the policy, with any row; nlpo needs it"
+        ),
+    ] = None
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4)
     eval: Evaluation = Evaluation()
     max_kl: Annotated[
@@ -73,7 +79,7 @@ class Config(Training):
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
-        _, row = resolve(self.algorithm, self.objective)
+        name, row = resolve(self.algorithm, self.objective)
         problems = row.check(samples=self.samples, passes=self.passes)
         if row.passes is not None and self.minibatches > 1 and self.passes * self.minibatches > row.passes:
             problems.append(
@@ -87,6 +93,8 @@ class Config(Training):
             )
         if self.critic_warmup >= self.steps:
             problems.append(f"critic_warmup {self.critic_warmup} leaves no step of {self.steps} for the policy; set it below steps")
+        if name == "nlpo" and self.mask is None:
+            problems.append("nlpo is PPO inside a mask, and there is none: set mask to {top_p: 0.9, refresh: 20}, or choose ppo")
         if (self.pretrain_data is None) != (self.pretrain_coefficient == 0):
             problems.append(
                 "pretrain_data and pretrain_coefficient go together: set both (a coefficient of 27.8 is InstructGPT's), or neither"
@@ -94,3 +102,16 @@ class Config(Training):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def narrowing(self) -> dict[str, str]:
+        """What keeps training answers from being drawn from the whole distribution, in words for the card; empty where nothing does."""
+        cut = [f"{key} {getattr(self.sampling, key):g}" for key in self.sampling.narrowed]
+        found = (
+            []
+            if self.mask is None
+            else [f"the top-p {self.mask.top_p:g} sets of the policy as it was at the last of every {self.mask.refresh} steps"]
+        )
+        found += [", ".join(cut)] if cut else []
+        within = "; policy, old, reference and KL are those of the distributions renormalised within the kept sets"
+        return {"drawn within": " and ".join(found) + within} if found else {}

@@ -163,7 +163,7 @@ class Sampling(Section):
 
     @model_validator(mode="after")
     def _scorable(self) -> Sampling:
-        cut = [key for key in ("top_k", "top_p", "min_p") if getattr(self, key) != type(self).model_fields[key].default]
+        cut = self.narrowed
         if cut and not self.keep_sets:
             raise ValueError(
                 f"{' and '.join(cut)} in training answers: they cannot be scored again without the set that each token was chosen among. "
@@ -172,6 +172,20 @@ class Sampling(Section):
         if self.keep_sets and not cut:
             raise ValueError("keep_sets has no sets to keep: set top_k, top_p or min_p, or leave it out")
         return self
+
+    @property
+    def narrowed(self) -> list[str]:
+        """The settings by which fewer than all tokens may be drawn."""
+        return [key for key in ("top_k", "top_p", "min_p") if getattr(self, key) != type(self).model_fields[key].default]
+
+
+class Mask(Section):
+    """Training answers are drawn inside the top-p sets of a copy of the policy that is taken again from time to time (NLPO, arXiv 2210.01241)."""
+
+    top_p: Annotated[
+        float, Field(gt=0.0, lt=1.0, description="mass of the copy's likeliest tokens; those that end an answer are always among them")
+    ] = 0.9
+    refresh: Annotated[int, Field(ge=1, description="steps between copies")] = 20
 
 
 class Run(Section):

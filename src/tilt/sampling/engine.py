@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from tilt.data.rollouts import Sampling
 from tilt.errors import NumericError
 from tilt.kept import Kept
+from tilt.models import compat
 from tilt.models.heads import head_function
 from tilt.sampling.cache import Ints
-from tilt.sampling.drawing import choose
-from tilt.sampling.forward import PREFILL_TOKENS, Forward, forward_of
+from tilt.sampling.drawing import Head, choose, nucleus
+from tilt.sampling.forward import PREFILL_TOKENS, Both, Forward, forward_of
 from tilt.sampling.randomness import Keys, uniforms
 from tilt.sampling.stopping import Stops
 
@@ -43,21 +44,44 @@ class Answer:
     kept: Kept | None = None
 
 
+@dataclass(frozen=True)
+class Mask:
+    """Answers are drawn inside the top-p sets of another model of the same vocabulary; the tokens that end an answer are always in (NLPO, 2210.01241)."""
+
+    lm: PreTrainedModel
+    top_p: float
+
+
 @torch.inference_mode()
-def generate(lm: PreTrainedModel, requests: Sequence[Request], sampling: Sampling, stops: Stops, slots: int) -> list[list[Answer]]:
+def generate(
+    lm: PreTrainedModel, requests: Sequence[Request], sampling: Sampling, stops: Stops, slots: int, mask: Mask | None = None
+) -> list[list[Answer]]:
     """Answers to each request, in order, with at most `slots` rows in one forward. What is drawn depends neither on `slots` nor on the company."""
     queue = Queue(requests, slots)
-    with evaluating(lm):
-        forward, head = forward_of(lm, min(slots, queue.total)), head_function(lm)
+    with evaluating(lm), nullcontext() if mask is None else evaluating(mask.lm):
+        forward, head, allowed = _reader(lm, mask, sampling, min(slots, queue.total))
         while not queue.finished:
             hidden = [forward.decode(queue.newest, queue.answered - 1)] if len(queue.active) else []
             hidden += queue.enter(forward)
             together = torch.cat(hidden)
             chances = torch.from_numpy(uniforms(queue.keys[queue.active], queue.position)).to(together.device)
-            drawn = choose(head, together, len(stops.ends), chances, sampling)
+            drawn = choose(head, together, len(stops.ends), chances, sampling, allowed)
             ended = queue.record(drawn.tokens.cpu().numpy(), drawn.logprobs.double().cpu().numpy(), stops, drawn.kept)
             queue.leave(forward, ended)
     return queue.results()
+
+
+def _reader(lm: PreTrainedModel, mask: Mask | None, sampling: Sampling, slots: int) -> tuple[Forward, Head, Head | None]:
+    """What reads the texts, and from its hidden states [rows, D]: the scores [rows, V], and which tokens a mask allows [rows, V]."""
+    forward, head = forward_of(lm, slots), head_function(lm)
+    if mask is None:
+        return forward, head, None
+    masking, width = head_function(mask.lm), compat.head_of(lm).weight.shape[1]
+
+    def allowed(hidden: Tensor) -> Tensor:
+        return nucleus(masking(hidden[:, width:]), sampling.temperature, mask.top_p, sampling.stop_ids)
+
+    return Both(forward, forward_of(mask.lm, slots)), lambda hidden: head(hidden[:, :width]), allowed
 
 
 @contextmanager

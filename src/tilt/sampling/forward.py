@@ -122,3 +122,28 @@ class Recomputed:
         mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
         hidden = compat.run_padded(self.body, padded.to(self.device), mask.to(self.device))
         return hidden[torch.arange(len(texts), device=self.device), (lengths - 1).to(self.device)]
+
+
+class Both:
+    """Two models over the same rows and groups, each with a cache of its own; their hidden states side by side, [rows, D + E]."""
+
+    def __init__(self, first: Forward, second: Forward) -> None:
+        self.first, self.second = first, second
+
+    def prefill(self, prompts: Sequence[Ints], first: int) -> Tensor:
+        return torch.cat((self.first.prefill(prompts, first), self.second.prefill(prompts, first)), -1)
+
+    def arrange(self, group: Ints) -> None:
+        self.first.arrange(group)
+        self.second.arrange(group)
+
+    def decode(self, tokens: Ints, answered: Ints) -> Tensor:
+        return torch.cat((self.first.decode(tokens, answered), self.second.decode(tokens, answered)), -1)
+
+    def move_rows(self, source: Ints, target: Ints) -> None:
+        self.first.move_rows(source, target)
+        self.second.move_rows(source, target)
+
+    def move_groups(self, source: Ints, target: Ints, kept: int) -> None:
+        self.first.move_groups(source, target, kept)
+        self.second.move_groups(source, target, kept)

@@ -15,7 +15,7 @@ from tilt.data.rollouts import Prompt, Rollout, Sampling
 from tilt.errors import UsageError
 from tilt.models import compat
 from tilt.models.adapters import plain_copy
-from tilt.sampling.engine import Request, generate
+from tilt.sampling.engine import Mask, Request, generate
 from tilt.sampling.randomness import keys
 from tilt.sampling.stopping import Stops
 
@@ -32,15 +32,23 @@ class Sampler:
         self.tokenizer, self.sampling, self.seed, self.slots, self.version = tokenizer, sampling, seed, slots, 0
         self.dtype = compat.dtype_of(lm) if dtype is None else dtype
         self.lm = self._published(lm)
+        self.masking: Mask | None = None
+
+    def mask(self, top_p: float) -> None:
+        """Copy the published policy: until the next call, training answers are drawn inside the top-p sets of this copy (NLPO, 2210.01241)."""
+        if not 0 < top_p < 1:
+            raise UsageError(f"mask: top_p is {top_p}: it must be above 0 and below 1.")
+        self.masking = None  # its memory first
+        self.masking = Mask(plain_copy(self.lm).requires_grad_(False), top_p)
 
     def sample(self, prompts: Sequence[Prompt], samples: int, *, step: int, stream: str = "train") -> list[Rollout]:
-        """`samples` answers to each prompt, prompt by prompt, under the training settings."""
-        return self._rollouts(prompts, samples, self.sampling, step, stream)
+        """`samples` answers to each prompt, prompt by prompt, under the training settings and inside the mask where there is one."""
+        return self._rollouts(prompts, samples, self.sampling, step, stream, self.masking)
 
     def evaluate(
         self, prompts: Sequence[Prompt], samples: int, *, step: int, sampling: Sampling | None = None, stream: str = "eval"
     ) -> list[Rollout]:
-        """The same on randomness of its own and under any settings, greedy and truncated ones included; training is not disturbed."""
+        """The same on randomness of its own and under any settings, greedy and truncated ones included, and without the mask; training is not disturbed."""
         settings = self.sampling if sampling is None else sampling
         check(settings, vocabulary_of(self.lm), training=False)
         return self._rollouts(prompts, samples, settings, step, stream)
@@ -59,7 +67,9 @@ class Sampler:
             parameter.data = parameter.data.to(self.dtype)
         return twin.requires_grad_(False)
 
-    def _rollouts(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, step: int, stream: str) -> list[Rollout]:
+    def _rollouts(
+        self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, step: int, stream: str, mask: Mask | None = None
+    ) -> list[Rollout]:
         if samples < 1 or not prompts:
             return []
         context = compat.context_of(self.lm)
@@ -71,7 +81,7 @@ class Sampler:
             for i, prompt in enumerate(prompts)
         ]
         stops = Stops(vocabulary_of(self.lm), sampling.stop_ids, sampling.stop_strings, self._decode)
-        found = generate(self.lm, requests, sampling, stops, self.slots)
+        found = generate(self.lm, requests, sampling, stops, self.slots, mask)
         return [
             Rollout(
                 prompt,
