@@ -160,6 +160,20 @@ def reinforce_baseline(case: Any, policy: Rows, values: Rows) -> Tensor:
     return -sequence_sum(times(policy, advantages)) + 0.5 * sequence_sum(critic)
 
 
+def a2c(case: Any, policy: Rows, values: Rows) -> Tensor:
+    """RL4LMs: mean over actions of -A log pi, plus .5 times the mean squared error to the returns; gamma .99, lam 1, KL .1 in the reward."""
+    advantages, target = gae_advantages(case, 0.99, 1.0, 0.1)
+    errors = [[(v - g) ** 2 for v, g in zip(a, b, strict=True)] for a, b in zip(values, target, strict=True)]
+    return -token_mean(times(policy, advantages)) + 0.5 * token_mean(errors)
+
+
+def nlpo(case: Any, policy: Rows, values: Rows) -> Tensor:
+    """RL4LMs: the clipped ratio with whitened advantages, plus .5 times the mean squared error to the returns; gamma .99, lam .95, KL .1."""
+    advantages, target = gae_advantages(case, 0.99, 0.95, 0.1)
+    errors = [[(v - g) ** 2 for v, g in zip(a, b, strict=True)] for a, b in zip(values, target, strict=True)]
+    return -token_mean(token_gains(case, policy, whitened(advantages, 1, 1e-8))) + 0.5 * token_mean(errors)
+
+
 def rloo(case: Any, policy: Rows, values: Rows) -> Tensor:
     return -sequence_sum(times(policy, repeat(case, rloo_advantages(case, 0.05))))
 
@@ -389,5 +403,5 @@ LOOPS: dict[str, Loop] = {
     "grpo_r1": grpo_r1, "dr_grpo": dr_grpo, "dapo": dapo, "lite_ppo": lite_ppo, "gspo": gspo, "gspo_token": gspo, "cispo": cispo, "sapo": sapo,
     "dft": dft, "ppo_sequence": ppo_sequence, "ppo_dual_clip": ppo_dual_clip, "grpo_process": grpo_process, "grpo_unbiased_kl": grpo_unbiased_kl,
     "grpo_two_sided": grpo_two_sided, "grpo_tis": grpo_tis, "decoupled_ppo": decoupled_ppo, "high_entropy": high_entropy, "skywork": skywork,
-    "luspo": luspo, "gmpo": gmpo, "vespo": vespo, "distill": distill,
+    "luspo": luspo, "gmpo": gmpo, "vespo": vespo, "distill": distill, "a2c": a2c, "nlpo": nlpo,
 }  # fmt: skip

@@ -269,8 +269,8 @@ def test_impossible_numbers_are_refused_by_name(piece: Any, keys: dict[str, floa
 
 def test_passes() -> None:
     """One pass for a plain score or ratio over fresh samples; any number where a clip, a bounded ratio, a penalty to `old` or a demonstration holds the policy."""
-    one = {"reinforce", "reinforce_rtg", "reinforce_baseline", "rloo", "cispo", "distill"}
-    many = {"sft", "raft", "dft", "rloo_clip", "ppo", "reinforce_pp", "grpo", "dapo", "gspo", "gmpo", "sapo", "vespo"}
+    one = {"reinforce", "reinforce_rtg", "reinforce_baseline", "a2c", "rloo", "cispo", "distill"}
+    many = {"sft", "raft", "dft", "rloo_clip", "ppo", "nlpo", "reinforce_pp", "grpo", "dapo", "gspo", "gmpo", "sapo", "vespo"}
     assert {ALGORITHMS[name].passes for name in one} == {1} and {ALGORITHMS[name].passes for name in many} == {None}
     held = Objective(GroupRelative(), TokenRatio(), Importance(), TokenAverage())
     assert held.passes == 1 and replace(held, penalty=OldKL()).passes is None and replace(held, penalty=TrustRegion()).passes == 1

@@ -22,6 +22,9 @@ SETTINGS = {
     "reinforce_pp": {"objective": {"credit": {"kl": 0.0}}},
     "gspo": {"minibatches": 2},
     "cispo": {},
+    "a2c": {"objective": {"credit": {"kl": 0.0}}, "critic_lr": 1e-2},
+    "dapo within kept sets": {"algorithm": "dapo", "sampling": {"max_tokens": 1, "top_p": 0.9, "min_p": 0.05, "keep_sets": True}},
+    "nlpo": {"objective": {"credit": {"kl": 0.0}}, "critic_lr": 1e-2, "mask": {"refresh": 10}},
 }
 
 

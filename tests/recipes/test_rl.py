@@ -19,6 +19,7 @@ from tilt.models.saving import save
 from tilt.objectives import ALGORITHMS, GLOSSARY
 from tilt.recipes import opening, rl, roles, stopping
 from tilt.runs import rollout_store
+from tilt.sampling.sampler import Sampler
 
 
 def variety(completions: list[str], **columns: object) -> list[float]:
@@ -40,7 +41,7 @@ def training(lines: list[dict]) -> list[dict]:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_row_of_the_table_runs(run_rl, metrics, name):
-    result = run_rl(algorithm=name)
+    result = run_rl(algorithm=name, **({"mask": {}} if name == "nlpo" else {}))
     lines = metrics(result)
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(math.isfinite(value) for line in lines for value in line.values())
@@ -72,6 +73,23 @@ def test_truncated_training_answers_are_scored_within_their_kept_sets(run_rl, me
         kept = rollout_store.kept_of(row)
         assert kept is not None and len(kept) == len(row["ids"])
         assert all(token in among and sorted(among) == among for token, among in zip(row["ids"], row["kept"], strict=True))
+
+
+def test_a_mask_is_taken_again_every_so_many_steps(run_rl, metrics, monkeypatch):
+    """With any row: sets and card say so, copies are taken at steps 0 and 2, and ratio and sampler agree before each first step."""
+    taken = []
+    plain = Sampler.mask
+    monkeypatch.setattr(Sampler, "mask", lambda self, top_p: (taken.append((self.version, top_p)), plain(self, top_p)))
+    result = run_rl(
+        algorithm="grpo", mask={"top_p": 0.5, "refresh": 2}, sampling={"max_tokens": 6, "keep_sets": True, "top_k": 99}, passes=2, steps=4
+    )
+    assert taken == [(0, 0.5), (2, 0.5)]
+    for line in metrics(result)[:-1]:
+        assert line["val/first_gap"] == 0.0 and line["sampler/logprob_gap_max"] < 1e-4 and 1 < line["sampler/kept_mean"] <= 99
+    said = (result.directory.path / "objective.txt").read_text()
+    assert (
+        "drawn within the top-p 0.5 sets of the policy as it was at the last of every 2 steps and top_k 99; policy, old, reference" in said
+    )
 
 
 def test_every_metric_has_a_line_in_the_glossary(run_rl, run_sft, metrics, rows):
@@ -312,6 +330,8 @@ def test_bfloat16_on_a_processor(run_rl, metrics, name):
     ("settings", "words"),
     [
         ({"samples": 1}, "samples=1 gives no signal"),
+        ({"algorithm": "nlpo"}, "nlpo is PPO inside a mask.*set mask to"),
+        ({"mask": {"top_p": 1.0}}, "mask.top_p"),
         ({"sampling": {"top_k": 5}}, "top_k in training answers.*Set sampling.keep_sets: true"),
         ({"sampling": {"top_k": 5, "keep_sets": True, "temperature": 0.0}}, "temperature"),
         ({"algorithm": "rloo", "passes": 2}, "set passes to 1"),

@@ -179,16 +179,10 @@ def _credit_target(credit: object) -> str:
         return "grad J exactly"
     if isinstance(credit, ReturnToGo):
         exact = "(1 - 1/G) grad J" if credit.baseline == "group_mean" else "grad J exactly (any baseline of the state)"
-        exact += (
-            ""
-            if credit.gamma == 1
-            else f", but with gamma {credit.gamma:g} and without the factor gamma^t it is the gradient of no function"
-        )
-        return exact + (", over sigma as the batch grows (error O(1/B))" if credit.whitened else "")
+        return exact + _discounting(credit.gamma) + (", over sigma as the batch grows (error O(1/B))" if credit.whitened else "")
     if isinstance(credit, GAE):
-        return "grad J if lam = 1 or the critic is exact, else biased by its error" + (
-            ", over sigma as the batch grows" if credit.whitened else ""
-        )
+        exact = "grad J if lam = 1 or the critic is exact, else biased by its error" + _discounting(credit.gamma)
+        return exact + (", over sigma as the batch grows" if credit.whitened else "")
     if isinstance(credit, GroupRelative):
         lone = credit.centre == "leave_one_out"
         if credit.scale == "none":
@@ -197,6 +191,10 @@ def _credit_target(credit: object) -> str:
             return "with 0/1 rewards each prompt's grad p times a weight w_G(p), 1/sqrt(p (1 - p)) for large G; with general rewards nothing simple"
         return ("grad J" if lone else "(1 - 1/G) grad J") + " over sigma as the batch grows"
     return "not known for this credit"
+
+
+def _discounting(gamma: float) -> str:
+    return "" if gamma == 1 else f", but with gamma {gamma:g} and without the factor gamma^t it is the gradient of no function"
 
 
 def _average_effect(objective: Objective, goal: str = "J") -> str:

@@ -12,6 +12,8 @@ SOURCES: Mapping[str, str] = MappingProxyType({
     "reinforce": "Williams 1992",
     "reinforce_rtg": "Williams 1992; reward-to-go",
     "reinforce_baseline": "Williams 1992; critic as baseline",
+    "a2c": "A2C, [1602.01783](https://arxiv.org/abs/1602.01783); on language models with the numbers of RL4LMs, [2210.01241](https://arxiv.org/abs/2210.01241)",
+    "nlpo": "NLPO, [2210.01241](https://arxiv.org/abs/2210.01241): PPO with the numbers of RL4LMs, inside a `mask`",
     "rloo": "RLOO, [2402.14740](https://arxiv.org/abs/2402.14740)",
     "rloo_clip": "RLOO with a clipped ratio of whole answers, as in TRL 0.12.1; more than one pass",
     "ppo": "PPO, [1707.06347](https://arxiv.org/abs/1707.06347); for language models [2203.02155](https://arxiv.org/abs/2203.02155)",
