@@ -9,6 +9,7 @@ from typing import Any
 
 from tilt.objectives import ALGORITHMS, GLOSSARY, PIECES, PREFERENCES
 from tilt.objectives.card import models, unbiased_for, words
+from tilt.objectives.preference_card import consistent_for
 from tilt.objectives.sources import SOURCES
 
 PAGE = Path(__file__).with_name("algorithms.md")
@@ -83,6 +84,7 @@ def sections() -> dict[str, list[str]]:
             *(f"| {slot} | `{name}` | `{words(kind())}` |" for slot, names in PIECES.items() for name, kind in names.items()),
         ],
         "## What each row is unbiased for": [f"- `{name}`: {unbiased_for(row)}" for name, row in ALGORITHMS.items()],
+        "## What each preference row is consistent for": [f"- `{name}`: {consistent_for(row)}" for name, row in PREFERENCES.items()],
         "## Glossary": [f"- `{key}`: {text}" for key, text in GLOSSARY.items()],
     }
 

@@ -37,6 +37,7 @@ def test_every_metric_is_in_the_glossary(f: Any) -> None:
         found |= set(row.metrics(f.outputs(), row.prepare(f.rewards, f.signals, f.layout)))
     for preference in PREFERENCES.values():
         found |= set(preference.metrics(Pairs.of(torch.zeros(2), torch.ones(2))))
+        found |= set(preference.metrics(Pairs.labelled(torch.zeros(2), torch.ones(3)))) if preference.apart else set()
     assert found <= set(GLOSSARY), found - set(GLOSSARY)
     learner = [
         "loss",
@@ -73,7 +74,8 @@ def test_card_says_what_the_row_computes(row: Any) -> None:
 
 def test_card_counts_models_and_shows_run_numbers() -> None:
     held = {name: re.search(r"models held +(\d)", card(row)).group(1) for name, row in {**ALGORITHMS, **PREFERENCES}.items()}
-    assert {k: held[k] for k in ("ppo", "rloo", "grpo", "dpo", "sft")} == {"ppo": "4", "rloo": "3", "grpo": "3", "dpo": "2", "sft": "1"}
+    counts = {"ppo": "4", "rloo": "3", "grpo": "3", "dpo": "2", "sft": "1", "kto": "2", "simpo": "1", "reward_model": "1"}
+    assert {k: held[k] for k in counts} == counts
     text = card(ALGORITHMS["grpo"], samples=1, prompts=64)
     assert "samples 1, prompts 64" in text and "PROBLEM" in text and "divisor n - 1" in text and "KL(reference || policy)" in text
 

@@ -226,7 +226,7 @@ def test_pieces_hold_every_piece_that_a_row_uses() -> None:
     for slot in ("credit", "ratio", "surrogate", "average", "penalty", "value"):
         for row in ALGORITHMS.values():
             assert type(getattr(row, slot)) in PIECES[slot].values()
-    for slot in ("margin", "link", "regulariser"):
+    for slot in ("margin", "link", "regulariser", "comparison", "weight"):
         for preference in PREFERENCES.values():
             assert type(getattr(preference, slot)) in PIECES[slot].values()
 

@@ -13,7 +13,7 @@ from tilt.data.rollouts import Rollout
 from tilt.learning.learner import NonFinite
 from tilt.learning.meter import Meter
 from tilt.models.policy import Policy, RewardModel
-from tilt.objectives import Pairs, Preference
+from tilt.objectives import Answers, Pairs, Preference
 from tilt.optim.optimizers import Optimizer
 from tilt.segments import segment_sum
 
@@ -78,12 +78,19 @@ def update_pairs(
         with autocast():
             found = score(small)
         found = found if found.dtype == torch.float64 else found.float()
-        anchors = (
-            {}
-            if reference is None
-            else {"reference_chosen": reference[0][part].to(device), "reference_rejected": reference[1][part].to(device)}
-        )
-        shares = [Pairs.of(view[0::2], view[1::2], weights=torch.full_like(view[0::2], weight), **anchors) for view in found]
+        shares = [
+            Pairs.of(
+                *(
+                    Answers.of(
+                        view[side::2],
+                        reference=None if reference is None else reference[side][part].to(device),
+                        weights=torch.full_like(view[side::2], weight),
+                    )
+                    for side in (0, 1)
+                )
+            )
+            for view in found
+        ]
         loss = torch.stack([portion * preference.loss(share) for portion, share in zip(views, shares, strict=True)]).sum()
         if not torch.isfinite(loss):
             raise NonFinite("the model's scores" if not torch.isfinite(found).all() else "the loss of the pairs", small)

@@ -30,7 +30,6 @@ from tilt.objectives.policy import (
     TokenRatio,
     TwoSided,
 )  # fmt: skip
-from tilt.objectives.preference import ImplicitReward, Logistic, NoRegulariser, Preference, ScoreMargin
 from tilt.objectives.value import ValueLoss
 
 GROUP = GroupRelative()
@@ -75,11 +74,5 @@ ALGORITHMS: Mapping[str, Objective] = MappingProxyType({
     "vespo":                 Objective(GROUP,                                     ProductRatio(),             SmoothWeight(2, 3),     TokenAverage()),
     "sapo":                  Objective(GROUP,                                     TokenRatio(),               SoftGate(1, 1.05),      SequenceAverage()),
     "distill":               Objective(Teacher(),                                 TokenRatio(),               Importance(),           TokenAverage()),
-})
-
-PREFERENCES: Mapping[str, Preference] = MappingProxyType({
-    #                          margin               link        regulariser
-    "reward_model": Preference(ScoreMargin(),       Logistic(), NoRegulariser()),
-    "dpo":          Preference(ImplicitReward(0.1), Logistic(), NoRegulariser()),
 })
 # fmt: on

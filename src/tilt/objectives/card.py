@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from tilt.objectives.algorithms import ALGORITHMS, PREFERENCES
+from tilt.objectives import preference_card
+from tilt.objectives.algorithms import ALGORITHMS
 from tilt.objectives.control import NoBonus, NoControl
 from tilt.objectives.corrections import HighEntropy
 from tilt.objectives.credit import GAE, GroupRelative, Imitate, ProcessRelative, Return, ReturnToGo, Teacher
 from tilt.objectives.objective import Objective
 from tilt.objectives.penalty import K1, K2, K3, ExactKL, NoPenalty, OldKL, TrustRegion
 from tilt.objectives.policy import Importance, PerBudget, ProbabilityScore, ProductRatio, Score, SequenceAverage, TokenAverage
-from tilt.objectives.preference import ImplicitReward, Logistic, Preference
+from tilt.objectives.preference import Preference
+from tilt.objectives.preferences import PREFERENCES
 from tilt.objectives.words import WORDS, words
 
 __all__ = ["WORDS", "card", "models", "name_of", "unbiased_for", "words"]
@@ -37,7 +39,7 @@ def name_of(objective: Objective | Preference) -> str:
 def models(objective: Objective | Preference) -> list[str]:
     """The models held in training: the policy and what the row compares it with."""
     if isinstance(objective, Preference):
-        return ["policy", "reference"] if "reference" in objective.needs else ["reward model"]
+        return preference_card.models(objective)
     held = ["policy"]
     held += ["teacher" if isinstance(objective.credit, Teacher) else "reference"] if "reference" in objective.needs else []
     held += [] if objective.credit == Imitate() or isinstance(objective.credit, Teacher) else ["reward model (or a rule)"]
@@ -71,16 +73,13 @@ def loss_formula(objective: Objective) -> str:
 
 
 def _preference_rows(row: Preference) -> list[tuple[str, str]]:
-    smoothing = row.link.smoothing if isinstance(row.link, Logistic) else 0.0
-    aim = "the true reward up to a constant per prompt, on Bradley-Terry data that cover all answers"
-    if isinstance(row.margin, ImplicitReward):
-        aim = "the tilted policy reference * exp(reward / beta) / Z, on Bradley-Terry data that cover all answers"
     held = models(row)
     return [
-        ("loss", "mean over pairs of link(margin) + regulariser"),
-        *((slot, words(getattr(row, slot))) for slot in ("margin", "link", "regulariser")),
+        ("loss", preference_card.loss_of(row)),
+        *((slot, words(getattr(row, slot))) for slot in ("margin", "comparison", "link", "regulariser", "weight")),
         ("models held", f"{len(held)}: {', '.join(held)}"),
-        ("consistent for", aim if not smoothing else aim + f", when a share {smoothing:g} of the labels is wrong"),
+        ("signals", ", ".join(sorted(row.needs)) or "none"),
+        ("consistent for", preference_card.consistent_for(row)),
     ]
 
 

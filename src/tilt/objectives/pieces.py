@@ -5,9 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from tilt.objectives.comparisons import DivergentSpan, MismatchedKL, Partner, RunningMean, SortedAnswers, SortedMargins, Zero
 from tilt.objectives.control import Doubling, EntropyBonus, EntropyTarget, NoBonus, NoControl, Proportional
 from tilt.objectives.corrections import HighEntropy, MaskedImportance, SequenceMask, TruncatedImportance
 from tilt.objectives.credit import GAE, GroupRelative, Imitate, ProcessRelative, Return, ReturnToGo, Teacher
+from tilt.objectives.links import (
+    Classifier,
+    DiscoPop,
+    Fidelity,
+    Hinge,
+    Logistic,
+    Misorder,
+    NoiseContrast,
+    Prospect,
+    ReverseKL,
+    Robust,
+    Squared,
+    WinRate,
+)
+from tilt.objectives.margins import AlphaDivergence, ForwardKL, ImplicitReward, JensenShannon, Likelihood, LogOdds, ScoreMargin
 from tilt.objectives.penalty import K1, K2, K3, ExactKL, NoPenalty, OldKL, TrustRegion
 from tilt.objectives.policy import (
     CappedScore,
@@ -28,7 +44,7 @@ from tilt.objectives.policy import (
     TokenRatio,
     TwoSided,
 )
-from tilt.objectives.preference import Centring, ImplicitReward, Logistic, NoRegulariser, ScoreMargin
+from tilt.objectives.regularisers import Centring, ChosenNLL, Confidence, Constant, Even, LowerChosen, NoRegulariser
 from tilt.objectives.value import NoValue, ValueLoss
 
 # fmt: off
@@ -46,8 +62,14 @@ PIECES: Mapping[str, Mapping[str, type]] = MappingProxyType({
                     "high_entropy": HighEntropy},
     "bonus":       {"none": NoBonus, "entropy": EntropyBonus},
     "control":     {"none": NoControl, "doubling": Doubling, "proportional": Proportional, "entropy_target": EntropyTarget},
-    "margin":      {"score": ScoreMargin, "implicit_reward": ImplicitReward},
-    "link":        {"logistic": Logistic},
-    "regulariser": {"none": NoRegulariser, "centring": Centring},
+    "margin":      {"score": ScoreMargin, "implicit_reward": ImplicitReward, "forward_kl": ForwardKL, "jensen_shannon": JensenShannon,
+                    "alpha_divergence": AlphaDivergence, "likelihood": Likelihood, "log_odds": LogOdds},
+    "link":        {"logistic": Logistic, "robust": Robust, "squared": Squared, "hinge": Hinge, "fidelity": Fidelity, "reverse_kl": ReverseKL,
+                    "discopop": DiscoPop, "misorder": Misorder, "noise_contrast": NoiseContrast, "classifier": Classifier, "win_rate": WinRate,
+                    "prospect": Prospect},
+    "regulariser": {"none": NoRegulariser, "centring": Centring, "chosen_nll": ChosenNLL, "lower_chosen": LowerChosen},
+    "comparison":  {"pair": Partner, "sorted_answers": SortedAnswers, "sorted_margins": SortedMargins, "span": DivergentSpan, "zero": Zero,
+                    "mismatched_kl": MismatchedKL, "running_mean": RunningMean},
+    "weight":      {"even": Even, "constant": Constant, "confidence": Confidence},
 })
 # fmt: on

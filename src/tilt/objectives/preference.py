@@ -1,171 +1,169 @@
-"""The second table: objectives on pairs of answers, from a margin, a link and a regulariser (reward model, DPO)."""
+"""The second table's rows: objectives on answers that were compared or labelled (reward model, DPO and its family, KTO)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from tilt.errors import UsageError
-from tilt.objectives.credit import NOTHING, check_not_negative
+from tilt.objectives.comparisons import Baseline, DivergentSpan, Matching, MismatchedKL, Partner, SortedAnswers, SortedMargins
+from tilt.objectives.links import Link, Logistic, Verdict
+from tilt.objectives.margins import Margin
 from tilt.objectives.objective import Metrics
+from tilt.objectives.pairs import MOVED, Answers, Pairs, PerPair
+from tilt.objectives.regularisers import ChosenNLL, Confidence, Even, NoRegulariser, Regulariser, Weight
 from tilt.shapes import Scalar
-
-PerPair = Float[Tensor, "N"]
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """What the models said about N pairs, [N] each: the policy's log-probability of each answer (sum over its actions) or a reward model's score,
-    the reference's log-probabilities (NaN where not asked for), and each pair's weight in the loss, 1/N of the whole batch."""
-
-    chosen: PerPair
-    rejected: PerPair
-    reference_chosen: PerPair
-    reference_rejected: PerPair
-    weights: PerPair
-
-    @staticmethod
-    def of(
-        chosen: PerPair,
-        rejected: PerPair,
-        *,
-        reference_chosen: PerPair | None = None,
-        reference_rejected: PerPair | None = None,
-        weights: PerPair | None = None,
-    ) -> Pairs:
-        """The pairs of a whole batch, each of weight 1/N unless said otherwise."""
-        nan = torch.full_like(chosen, torch.nan).detach()
-        return Pairs(
-            chosen,
-            rejected,
-            nan if reference_chosen is None else reference_chosen,
-            nan if reference_rejected is None else reference_rejected,
-            torch.full_like(nan, 1 / max(len(chosen), 1)) if weights is None else weights,
-        )
-
-    def take(self, pairs: Tensor) -> Pairs:
-        """A part of the batch; the weights stay those of the whole."""
-        return Pairs(**{f.name: getattr(self, f.name)[pairs] for f in fields(self)})
-
-
-class Margin(Protocol):
-    """Two rewards per pair, whose difference less `offset` is the margin the link judges."""
-
-    needs: ClassVar[frozenset[str]] = NOTHING
-
-    @property
-    def offset(self) -> float: ...
-
-    def rewards(self, pairs: Pairs) -> tuple[PerPair, PerPair]: ...
-
-
-@dataclass(frozen=True)
-class ScoreMargin:
-    """The reward model's scores; margin s_c - s_r - offset (2203.02155; with an offset: 2307.09288)."""
-
-    offset: float = 0.0
-    needs: ClassVar[frozenset[str]] = NOTHING
-
-    def rewards(self, pairs: Pairs) -> tuple[PerPair, PerPair]:
-        return pairs.chosen, pairs.rejected
-
-
-@dataclass(frozen=True)
-class ImplicitReward:
-    """beta (log policy - log reference) of each answer (DPO, 2305.18290); margin h = beta (c - r) - offset."""
-
-    beta: float = 0.1
-    offset: float = 0.0
-    needs: ClassVar[frozenset[str]] = frozenset({"reference"})
-
-    def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise UsageError(f"ImplicitReward: beta={self.beta} must be above 0")
-
-    def rewards(self, pairs: Pairs) -> tuple[PerPair, PerPair]:
-        return self.beta * (pairs.chosen - pairs.reference_chosen), self.beta * (pairs.rejected - pairs.reference_rejected)
-
-
-class Link(Protocol):
-    """The loss of a pair from its margin."""
-
-    def __call__(self, margin: PerPair) -> PerPair: ...
-
-
-@dataclass(frozen=True)
-class Logistic:
-    """-(1 - e) log sigmoid(h) - e log sigmoid(-h): Bradley-Terry; e = `smoothing` is the chance that a label is wrong (conservative DPO)."""
-
-    smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.smoothing <= 1:
-            raise UsageError(f"Logistic: smoothing={self.smoothing} must lie in [0, 1]")
-
-    def __call__(self, margin: PerPair) -> PerPair:
-        return -(1 - self.smoothing) * logsigmoid(margin) - self.smoothing * logsigmoid(-margin)
-
-
-class Regulariser(Protocol):
-    """What is added to the loss of each pair."""
-
-    def __call__(self, chosen: PerPair, rejected: PerPair) -> PerPair: ...
-
-
-@dataclass(frozen=True)
-class NoRegulariser:
-    """Nothing is added."""
-
-    def __call__(self, chosen: PerPair, rejected: PerPair) -> PerPair:
-        return torch.zeros_like(chosen)
-
-
-@dataclass(frozen=True)
-class Centring:
-    """k (s_c + s_r)^2: keeps scores near 0, since Bradley-Terry leaves their level free (2312.09244)."""
-
-    coefficient: float = 0.01
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, coefficient=self.coefficient)
-
-    def __call__(self, chosen: PerPair, rejected: PerPair) -> PerPair:
-        return self.coefficient * (chosen + rejected).square()
 
 
 @dataclass(frozen=True)
 class Preference:
-    """loss = sum_n weight_n (link(margin_n) + regulariser_n); the losses of parts of a batch add up to the loss of the batch."""
+    """A row: `margin` gives each answer a reward, `comparison` says what it is held against, `link` makes a loss of it.
+
+    loss = sum_n w_n (weight_n * mean over the pair's comparisons of link(margin) + regulariser_n); a link that judges answers one by one (a verdict) adds
+    good(reward - baseline) of the chosen answer and bad(reward - baseline) of the rejected one, and reads labelled answers too.
+    The losses of parts of a batch add up to the loss of the batch, except where the row is `coupled`: there `slopes` of the whole do.
+    """
 
     margin: Margin
-    link: Link = field(default_factory=Logistic)
+    link: Link | Verdict = field(default_factory=Logistic)
     regulariser: Regulariser = field(default_factory=NoRegulariser)
+    comparison: Matching | Baseline = field(default_factory=Partner)
+    weight: Weight = field(default_factory=Even)
+
+    def __post_init__(self) -> None:
+        problems = _impossible(self)
+        if problems:
+            raise UsageError("\n".join(problems))
 
     @property
     def needs(self) -> frozenset[str]:
-        """`reference` where the reference's log-probabilities are read."""
-        return self.margin.needs
+        """What is read beside scores and lengths, among reference, heads, confidence, mismatched, span."""
+        return self.margin.needs | self.comparison.needs | self.weight.needs
+
+    @property
+    def apart(self) -> bool:
+        """Whether answers are judged one by one, so that labelled answers serve as well as pairs."""
+        return isinstance(self.link, Verdict)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the loss of a pair depends on the other pairs of the batch."""
+        return self.comparison.coupled
+
+    def check(self, *, paired: bool = True, uneven: bool = False, margins: bool = False, probability: bool = False) -> list[str]:
+        """Why this row cannot learn from data that are labelled one by one, weigh their pairs unevenly (rankings), or bring margins or
+        probabilities, in the user's words; empty when it can."""
+        link, problems = type(self.link).__name__, []
+        if not paired and not self.apart:
+            problems.append(
+                f"{link} compares the two answers of a pair, and the data are labelled answers: use a row such as kto, or data with chosen and rejected"
+            )
+        if not paired and (type(self.regulariser), type(self.weight)) != (NoRegulariser, Even):
+            problems.append("regulariser and weight are those of pairs, and the data are labelled answers: leave both out")
+        for given, what in ((margins, "margins"), (probability, "probabilities of the labels")):
+            if given and (self.apart or isinstance(self.comparison, (SortedAnswers, SortedMargins))):
+                problems.append(f"the data bring {what}, which belong to single pairs, and this row has none: drop that column")
+        if uneven and self.coupled:
+            problems.append(
+                f"{type(self.comparison).__name__} counts every pair alike, and rankings of different lengths do not: give each row one pair"
+            )
+        return problems
 
     def each(self, pairs: Pairs) -> PerPair:
         """The loss of each pair, [N]."""
-        chosen, rejected = self.margin.rewards(pairs)
-        return self.link(chosen - rejected - self.margin.offset) + self.regulariser(chosen, rejected)
+        chosen, rejected = self.margin(pairs.chosen), self.margin(pairs.rejected)
+        if isinstance(self.link, Verdict):
+            level = self._level(pairs)
+            losses: Tensor = self.link.good(chosen - level) + self.link.bad(rejected - level)
+        else:
+            losses = self._compared(pairs)
+        return self.weight(pairs) * losses + self.regulariser(chosen, rejected, pairs)
+
+    def _compared(self, pairs: Pairs) -> PerPair:
+        assert not isinstance(self.link, Verdict) and not hasattr(self.comparison, "level")
+        margins, pair = self.comparison(self.margin, pairs)  # type: ignore[operator]
+        found = self.link(margins - self.margin.offset - pairs.margins[pair], pairs.probability[pair])
+        counts = torch.bincount(pair, minlength=len(pairs.margins))
+        return found.new_zeros(len(pairs.margins)).index_add(0, pair, found) / counts
+
+    def _level(self, pairs: Pairs) -> Scalar:
+        level: Tensor = self.comparison.level(self.margin, pairs)  # type: ignore[union-attr]
+        return level
 
     def loss(self, pairs: Pairs) -> Scalar:
-        """The part of the batch's loss that these pairs contribute."""
-        return (pairs.weights * self.each(pairs)).sum()
+        """The part of the batch's loss that these pairs, or labelled answers, contribute."""
+        if pairs.paired:
+            return (pairs.weights * self.each(pairs)).sum()
+        good, bad = self._sides(pairs)
+        return (pairs.chosen.weights * good).sum() + (pairs.rejected.weights * bad).sum()
+
+    def _sides(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """The losses of good and of bad answers, [N] and [M]."""
+        assert isinstance(self.link, Verdict), self.check(paired=False)
+        level = self._level(pairs)
+        return self.link.good(self.margin(pairs.chosen) - level), self.link.bad(self.margin(pairs.rejected) - level)
+
+    def slopes(self, pairs: Pairs) -> Pairs:
+        """∂loss/∂ of every statistic that the policy moves, in its place: fixed on the whole batch, they make its parts exact (`pull`)."""
+        free = {
+            (side, name): getattr(getattr(pairs, side), name).detach().requires_grad_() for side in ("chosen", "rejected") for name in MOVED
+        }
+
+        def filled(values: dict[tuple[str, str], Tensor]) -> Pairs:
+            sides: dict[str, Answers] = {
+                side: replace(getattr(pairs, side), **{name: values[side, name] for name in MOVED}) for side in ("chosen", "rejected")
+            }
+            return replace(pairs, chosen=sides["chosen"], rejected=sides["rejected"])
+
+        with torch.enable_grad():
+            found = torch.autograd.grad(self.loss(filled(free)), list(free.values()), allow_unused=True, materialize_grads=True)
+        return filled(dict(zip(free, found, strict=True)))
+
+    def advance(self, pairs: Pairs) -> Preference:
+        """The row for the next batch: what its comparison remembers of this one (a running mean); most remember nothing."""
+        after = getattr(self.comparison, "after", None)
+        return self if after is None else replace(self, comparison=after(self.margin, pairs))
 
     @torch.no_grad()
     def metrics(self, pairs: Pairs) -> Metrics:
-        """Accuracy (a tie is half right), margin and rewards of these pairs, as (sum, weight)."""
-        chosen, rejected = self.margin.rewards(pairs)
-        gap = chosen - rejected
-        count = gap.new_tensor(len(gap))
-        right = (gap > 0).to(gap) + 0.5 * (gap == 0).to(gap)
-        named = {"loss": self.each(pairs), "accuracy": right, "margin": gap, "rewards/chosen": chosen, "rewards/rejected": rejected}
-        return {f"preference/{name}": (x.sum(), count) for name, x in named.items()}
+        """Accuracy (a tie is half right), margin and rewards of these pairs, as (sum, weight); of labelled answers how many lie on the right side."""
+        chosen, rejected = self.margin(pairs.chosen), self.margin(pairs.rejected)
+        found = {"rewards/chosen": chosen, "rewards/rejected": rejected}
+        if pairs.paired:
+            gap = chosen - rejected
+            found |= {"loss": self.each(pairs), "accuracy": _right(gap), "margin": gap}
+        else:
+            level = self._level(pairs)
+            found |= {"loss": torch.cat(self._sides(pairs)), "accuracy": torch.cat([_right(chosen - level), _right(level - rejected)])}
+        if self.apart:
+            found["baseline"] = self._level(pairs)[None]
+        return {f"preference/{name}": (x.sum(), x.new_tensor(len(x))) for name, x in found.items()}
+
+
+def _right(gap: Tensor) -> Tensor:
+    """1 where above 0, .5 at 0."""
+    return (gap > 0).to(gap) + 0.5 * (gap == 0).to(gap)
+
+
+def _impossible(row: Preference) -> list[str]:
+    """Why these pieces make no row, in the user's words."""
+    margin, link, comparison = (type(piece).__name__ for piece in (row.margin, row.link, row.comparison))
+    problems = []
+    if row.apart != hasattr(row.comparison, "level"):
+        wanted = "zero, mismatched_kl or running_mean" if row.apart else "pair, sorted_answers, sorted_margins or span"
+        how = "judges answers one by one, against a baseline" if row.apart else "judges the margin of two answers"
+        problems.append(f"{link} {how}: set comparison to {wanted}, not {comparison}")
+    if row.apart and row.margin.offset:
+        problems.append(f"{link} judges answers one by one, so the offset {row.margin.offset:g} of {margin} would do nothing: set it to 0")
+    if isinstance(row.comparison, (SortedMargins, MismatchedKL)) and "reference" not in row.margin.needs:
+        problems.append(f"{comparison} compares with the reference, and {margin} reads none: set margin to implicit_reward")
+    if row.margin.reads == "score":
+        likely = [piece for piece in (row.regulariser, row.weight) if isinstance(piece, (ChosenNLL, Confidence))]
+        problems += [f"{piece!r} reads the likelihood of answers, and {margin} is a reward model's score: leave it out" for piece in likely]
+    elif isinstance(row.comparison, DivergentSpan):
+        problems.append(
+            f"{comparison} reads a reward model's score at every position, and {margin} has one reward per answer: set margin to score"
+        )
+    return problems

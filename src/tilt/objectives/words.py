@@ -29,7 +29,7 @@ from tilt.objectives.policy import (
     TokenRatio,
     TwoSided,
 )
-from tilt.objectives.preference import Centring, ImplicitReward, Logistic, NoRegulariser, ScoreMargin
+from tilt.objectives.preference_card import WORDS as PREFERENCE_WORDS
 from tilt.objectives.value import NoValue, ValueLoss
 
 
@@ -119,9 +119,5 @@ WORDS: Mapping[type, Callable[[Any], str]] = {
     Doubling: lambda p: f"the KL coefficient doubles where KL(old || policy) > 1.5 * {p.target:g} and halves where it is < {p.target:g} / 1.5",
     Proportional: lambda p: f"the KL coefficient grows by clip(KL / {p.target:g} - 1, -{p.limit:g}, {p.limit:g}) n / {p.horizon:g} after n answers",
     EntropyTarget: lambda p: f"the entropy coefficient rises by {p.step:g} where the entropy is < {p.target:g}, else falls by it",
-    ScoreMargin: lambda p: "score(chosen) - score(rejected)" + (f" - {p.offset:g}" if p.offset else ""),
-    ImplicitReward: lambda p: f"{p.beta:g} [log(policy/reference)(chosen) - log(policy/reference)(rejected)]" + (f" - {p.offset:g}" if p.offset else ""),
-    Logistic: lambda p: "-log sigmoid(h)" if not p.smoothing else f"-{1 - p.smoothing:g} log sigmoid(h) - {p.smoothing:g} log sigmoid(-h)",
-    NoRegulariser: lambda p: "none",
-    Centring: lambda p: f"{p.coefficient:g} (chosen + rejected)^2, of the rewards",
+    **PREFERENCE_WORDS,
 }  # fmt: skip

@@ -19,7 +19,7 @@ from tilt.learning.pairs import Pair, likelihoods, packed, score_pairs, update_p
 from tilt.models import compat
 from tilt.models.policy import Policy
 from tilt.models.saving import save
-from tilt.objectives import PIECES, PREFERENCES, Pairs, Preference
+from tilt.objectives import PIECES, PREFERENCES, Answers, Pairs, Preference
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import opening, planning
 from tilt.recipes.finishing import Result, keeping, saved
@@ -111,7 +111,7 @@ def measure(
 ) -> dict[str, float]:
     """Accuracy of the implicit reward, its margin and the loss on pairs that were not trained on."""
     chosen, rejected = score_pairs(likelihoods(policy), pairs, micro_tokens, compat.device_of(policy), precision)
-    found = preference.metrics(Pairs.of(chosen, rejected, reference_chosen=anchors[0], reference_rejected=anchors[1]))
+    found = preference.metrics(Pairs.of(Answers.of(chosen, reference=anchors[0]), Answers.of(rejected, reference=anchors[1])))
     return {name.rpartition("/")[2]: float(value / weight) for name, (value, weight) in found.items()}
 
 
