@@ -31,7 +31,9 @@ def _print(*what: Any) -> None:
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number in right else "left", overflow="fold")
+        table.add_column(
+            column, justify="right" if number in right else "left", overflow="fold", no_wrap=number == 0 and column == "algorithm"
+        )
     for row in rows:
         table.add_row(*(Text(inert(cell, newline="\n")) for cell in row))
     return table
@@ -67,9 +69,21 @@ def show_algorithms(name: str, changes: Sequence[str]) -> None:
         return
     for table in (ALGORITHMS, PREFERENCES):
         slots = [f.name for f in fields(next(iter(table.values())))]  # type: ignore[arg-type]
-        rows = [[key.replace("_", "-"), *(repr(getattr(row, slot)) for slot in slots)] for key, row in table.items()]
+        rows = [[key.replace("_", "-"), *(_spelled(slot, getattr(row, slot)) for slot in slots)] for key, row in table.items()]
         _print(_table(("algorithm", *slots), rows), Text(""))
     _print(Text("`tilt algorithms NAME` shows formulas; `tilt NAME recipe.yaml` trains; `algorithm: file.py:NAME` is one of your own."))
+
+
+def _spelled(slot: str, piece: Any) -> str:
+    """A piece as configuration spells it, with what differs from its defaults: clip(high=0.28)."""
+    from tilt.objectives import PIECES
+
+    if isinstance(piece, tuple):
+        return ", ".join(_spelled(slot, each) for each in piece)
+    name, kind = next((name, kind) for name, kind in PIECES[slot].items() if kind is type(piece))
+    changed = [f"{f.name}={getattr(piece, f.name)}" for f in fields(piece) if getattr(piece, f.name) != getattr(kind(), f.name)]
+    text = f"{name}({', '.join(changed)})" if changed else name
+    return "" if text in ("none", "even") else text
 
 
 def show_data(source: str, tokenizer: str, want: str, examples: int) -> None:
