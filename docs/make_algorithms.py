@@ -11,25 +11,16 @@ from tilt.objectives import ALGORITHMS, GLOSSARY, PIECES, PREFERENCES
 from tilt.objectives.card import models, unbiased_for, words
 from tilt.objectives.preference_card import consistent_for
 from tilt.objectives.sources import SOURCES
+from tilt.objectives.words import spelled
 
 PAGE = Path(__file__).with_name("algorithms.md")
 SLOTS = ("credit", "ratio", "surrogate", "average", "penalty", "value")
 EXTRA = ("corrections", "bonus", "control")
 
 
-def cell(slot: str, piece: Any) -> str:
-    """A piece as configuration spells it, with what differs from its defaults: clip(high=0.28)."""
-    if isinstance(piece, tuple):
-        return ", ".join(cell(slot, each) for each in piece)
-    name = next(name for name, kind in PIECES[slot].items() if kind is type(piece))
-    plain = type(piece)()
-    changed = [f"{f.name}={getattr(piece, f.name)}" for f in fields(piece) if getattr(piece, f.name) != getattr(plain, f.name)]
-    return f"{name}({', '.join(changed)})" if changed else name
-
-
 def further(row: Any) -> str:
     """The slots that few rows fill, by name."""
-    found = ((slot, cell(slot, getattr(row, slot))) for slot in EXTRA)
+    found = ((slot, spelled(slot, getattr(row, slot))) for slot in EXTRA)
     return "; ".join(f"{slot}: {text}" for slot, text in found if text not in ("", "none")) or "none"
 
 
@@ -56,13 +47,13 @@ def placed(row: Any) -> str:
 
 def algorithm(name: str) -> str:
     row = ALGORITHMS[name]
-    cells = [cell(slot, getattr(row, slot)) for slot in SLOTS] + [further(row), "any" if row.passes is None else str(row.passes)]
+    cells = [spelled(slot, getattr(row, slot)) for slot in SLOTS] + [further(row), "any" if row.passes is None else str(row.passes)]
     return f"| `{name}` | " + " | ".join(cells) + f" | {len(models(row))} | {clipped(row)} | {placed(row)} | {SOURCES[name]} |"
 
 
 def preference(name: str) -> str:
     row = PREFERENCES[name]
-    return f"| `{name}` | " + " | ".join(cell(f.name, getattr(row, f.name)) for f in fields(row)) + f" | {SOURCES[name]} |"
+    return f"| `{name}` | " + " | ".join(spelled(f.name, getattr(row, f.name)) for f in fields(row)) + f" | {SOURCES[name]} |"
 
 
 def sections() -> dict[str, list[str]]:

@@ -279,6 +279,33 @@ def test_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "--root", str(tmp_path / "none")]) == 0 and "no runs" in capsys.readouterr().out
 
 
+def test_two_cards_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["algorithms", "grpo", "gspo"]) == 0
+    shown = capsys.readouterr().out
+    assert "rho = exp(mean_t" in shown and "clip(rho, 0.9997, 1.0004)" in shown and "credit" not in shown, "what is equal is not shown"
+    assert main(["algorithms", "grpo", "grpo", "surrogate.high=0.28"]) == 0
+    assert "clip(rho, 0.8, 1.28)" in capsys.readouterr().out
+    assert main(["algorithms", "grpo", "grpo"]) == 0 and "say the same" in capsys.readouterr().out
+    assert main(["algorithms", "grpo", "gspo", "dapo"]) == 2 and "two cards" in capsys.readouterr().err
+
+
+def test_a_row_that_imitates_is_trained_by_sft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    given = [
+        f"data.source={rows}",
+        "model={width: 16, layers: 1, heads: 2, context: 32, vocabulary: 270}",
+        "data.template=text",
+        "data.held_out=0",
+    ]
+    assert main(["dft", *given, "--dry-run"]) == 0
+    capsys.readouterr()
+    assert main(["sft", *given, "algorithm=grpo", "--dry-run"]) == 2 and "learns from rewards" in capsys.readouterr().err
+    assert main(["sft", *given, "objective.penalty=k3", "--dry-run"]) == 2 and "reads reference" in capsys.readouterr().err
+    assert main(["rl", *given, "algorithm=sft", "reward={length: {high: 3}}", "prompts=1", "--dry-run"]) == 2
+    assert "imitates given answers" in capsys.readouterr().err
+
+
 def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     shown = capsys.readouterr().out

@@ -76,10 +76,14 @@ def algorithms(
     name: Annotated[str, typer.Argument(help="an algorithm, or file.py:NAME")] = "",
     changes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[slot.key=value …]", help="slots to change, as in surrogate.high=0.28", show_default=False),
+        typer.Argument(
+            metavar="[OTHER] [slot.key=value …]",
+            help="a second one, to compare; slots to change, as in surrogate.high=0.28",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """The table of algorithms; with a name its card: formulas, models, what it is unbiased for."""
+    """The table of algorithms; with a name its card: formulas, models, what it is unbiased for; with two names where their cards differ."""
     from tilt.cli import show
 
     show.show_algorithms(name, changes or [])
@@ -175,7 +179,7 @@ def _known() -> list[str]:
 
 
 def _dispatch(words: list[str]) -> int:
-    """Run a command and return its exit code; the name of an algorithm is `tilt rl` with it; anything else names the nearest command."""
+    """Run a command and return its exit code; the name of an algorithm is `tilt rl` (`tilt sft` for one that imitates) with it; anything else names the nearest command."""
     command = words[0] if words else ""
     if not command or command.startswith("-") or command in _known():
         return app(words, standalone_mode=False) or 0  # typer turns an interrupt into 130
@@ -190,11 +194,11 @@ def _dispatch(words: list[str]) -> int:
     from tilt.cli.show import show_settings
 
     if "--help" in words[1:]:
-        show_settings("rl")
+        show_settings(recipes.trainer(algorithm))
         return 0
     flags = {word for word in words[1:] if word in ("--dry-run", "--quiet", "--overwrite")}
     switches = recipes.Switches("--dry-run" in flags, "--quiet" in flags, "--overwrite" in flags)
-    recipes.run("rl", [word for word in words[1:] if word not in flags], switches, [f"algorithm={algorithm}"])
+    recipes.run(recipes.trainer(algorithm), [word for word in words[1:] if word not in flags], switches, [f"algorithm={algorithm}"])
     return 0
 
 

@@ -104,8 +104,15 @@ def _canonical(name: str, document: Document, at: str) -> str:
 
     if plain in ALGORITHMS:
         document.values.setdefault("algorithm", plain)
-        return "rl"
+        return RECIPES[trainer(plain)]
     raise UsageError(f"unknown recipe `{name}` ({at}): {hint(name, RECIPES)}")
+
+
+def trainer(algorithm: str) -> str:
+    """The command that trains a row of the table: `sft` where it imitates given answers, else `rl`."""
+    from tilt.objectives import ALGORITHMS, Imitate
+
+    return "sft" if ALGORITHMS[algorithm].credit == Imitate() else "rl"
 
 
 def _agree(preset: Sequence[str], document: Document) -> None:

@@ -53,36 +53,44 @@ def show_settings(command: str) -> None:
     _print(Text(usage + "\n"), _table(("setting", "default", "meaning"), settings(command)))
 
 
-def show_algorithms(name: str, changes: Sequence[str]) -> None:
-    """THE TABLE, or the card of one row, changed or your own."""
+def show_algorithms(name: str, words: Sequence[str]) -> None:
+    """THE TABLE; the card of one row, changed or your own; or where the cards of two differ (changes are the second's)."""
     from tilt.config import Document, override
     from tilt.objectives import ALGORITHMS, PREFERENCES
-    from tilt.objectives.card import card
+    from tilt.objectives.card import card, compared
     from tilt.recipes import variants
 
-    if name:
-        document = Document()
-        override(document, changes)
-        plain = name.replace("-", "_")
-        row = (variants.resolve_preference if plain in PREFERENCES else variants.resolve)(name, document.values)[1]
-        _print(Text(card(row)), *(Text(line) for line in variants.origin(name).lines(row)[1:]))
+    if not name:
+        for table in (ALGORITHMS, PREFERENCES):
+            slots = [f.name for f in fields(next(iter(table.values())))]  # type: ignore[arg-type]
+            rows = [[key.replace("_", "-"), *(_cell(slot, getattr(row, slot)) for slot in slots)] for key, row in table.items()]
+            _print(_table(("algorithm", *slots), rows), Text(""))
+        _print(Text("`tilt algorithms NAME` shows formulas; `tilt NAME recipe.yaml` trains; `algorithm: file.py:NAME` is one of your own."))
         return
-    for table in (ALGORITHMS, PREFERENCES):
-        slots = [f.name for f in fields(next(iter(table.values())))]  # type: ignore[arg-type]
-        rows = [[key.replace("_", "-"), *(_spelled(slot, getattr(row, slot)) for slot in slots)] for key, row in table.items()]
-        _print(_table(("algorithm", *slots), rows), Text(""))
-    _print(Text("`tilt algorithms NAME` shows formulas; `tilt NAME recipe.yaml` trains; `algorithm: file.py:NAME` is one of your own."))
+    others, changes = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    if len(others) > 1:
+        raise UsageError(f"two cards can be compared, not {len(others) + 1}: name one or two algorithms")
+    document = Document()
+    override(document, changes)
+
+    def row_of(algorithm: str, changed: bool) -> Any:
+        plain = algorithm.replace("-", "_")
+        find = variants.resolve_preference if plain in PREFERENCES else variants.resolve
+        return find(algorithm, document.values if changed else {})[1]
+
+    if others:
+        differences = compared(row_of(name, False), row_of(others[0], True))
+        _print(_table(("", name, " ".join([others[0], *changes])), differences) if differences else Text("the two cards say the same"))
+        return
+    row = row_of(name, True)
+    _print(Text(card(row)), *(Text(line) for line in variants.origin(name).lines(row)[1:]))
 
 
-def _spelled(slot: str, piece: Any) -> str:
-    """A piece as configuration spells it, with what differs from its defaults: clip(high=0.28)."""
-    from tilt.objectives import PIECES
+def _cell(slot: str, piece: Any) -> str:
+    """A piece as configuration spells it; nothing where the slot is empty."""
+    from tilt.objectives.words import spelled
 
-    if isinstance(piece, tuple):
-        return ", ".join(_spelled(slot, each) for each in piece)
-    name, kind = next((name, kind) for name, kind in PIECES[slot].items() if kind is type(piece))
-    changed = [f"{f.name}={getattr(piece, f.name)}" for f in fields(piece) if getattr(piece, f.name) != getattr(kind(), f.name)]
-    text = f"{name}({', '.join(changed)})" if changed else name
+    text = spelled(slot, piece)
     return "" if text in ("none", "even") else text
 
 

@@ -18,7 +18,7 @@ from tilt.objectives.preference import Preference
 from tilt.objectives.preferences import PREFERENCES
 from tilt.objectives.words import WORDS, words
 
-__all__ = ["WORDS", "card", "models", "name_of", "unbiased_for", "words"]
+__all__ = ["WORDS", "card", "compared", "models", "name_of", "unbiased_for", "words"]
 
 
 def card(objective: Objective | Preference, **run_numbers: object) -> str:
@@ -28,6 +28,14 @@ def card(objective: Objective | Preference, **run_numbers: object) -> str:
         rows.append(("run", ", ".join(f"{key} {value}" for key, value in run_numbers.items())))
     width = max(len(name) for name, _ in rows)
     return "\n".join([name_of(objective), *(f"  {name:<{width}}  {text}" for name, text in rows)])
+
+
+def compared(first: Objective | Preference, second: Objective | Preference) -> list[tuple[str, str, str]]:
+    """Where two cards differ: (line of the card, in the first, in the second)."""
+    cards = [dict(_preference_rows(row) if isinstance(row, Preference) else _rows(row, {})) for row in (first, second)]
+    lines = list(dict.fromkeys([*cards[0], *cards[1]]))
+    both = ((line, *(found.get(line, "none") for found in cards)) for line in lines)
+    return [(line, a, b) for line, a, b in both if a != b]
 
 
 def name_of(objective: Objective | Preference) -> str:

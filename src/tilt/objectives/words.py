@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from math import isinf
 from typing import Any
 
@@ -10,6 +11,7 @@ from tilt.objectives.control import Doubling, EntropyBonus, EntropyTarget, NoBon
 from tilt.objectives.corrections import HighEntropy, MaskedImportance, SequenceMask, TruncatedImportance
 from tilt.objectives.credit import GAE, GroupRelative, Imitate, ProcessRelative, Return, ReturnToGo, Teacher
 from tilt.objectives.penalty import K1, K2, K3, ExactKL, NoPenalty, OldKL, TrustRegion
+from tilt.objectives.pieces import PIECES
 from tilt.objectives.policy import (
     CappedScore,
     Clip,
@@ -31,6 +33,16 @@ from tilt.objectives.policy import (
 )
 from tilt.objectives.preference_card import WORDS as PREFERENCE_WORDS
 from tilt.objectives.value import NoValue, ValueLoss
+
+
+def spelled(slot: str, piece: Any) -> str:
+    """A piece as configuration spells it, with what differs from its defaults: clip(high=0.28); several joined."""
+    if isinstance(piece, tuple):
+        return ", ".join(spelled(slot, each) for each in piece)
+    name, kind = next((name, kind) for name, kind in PIECES[slot].items() if kind is type(piece))
+    plain = kind()
+    changed = [f"{f.name}={getattr(piece, f.name)}" for f in fields(piece) if getattr(piece, f.name) != getattr(plain, f.name)]
+    return f"{name}({', '.join(changed)})" if changed else name
 
 
 def words(piece: object) -> str:

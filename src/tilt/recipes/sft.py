@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -13,7 +12,7 @@ from pydantic import Field, model_validator
 from tilt.learning.evaluation import likelihood
 from tilt.learning.learner import Learner, Passes
 from tilt.models.saving import save
-from tilt.objectives import ALGORITHMS, SequenceAverage
+from tilt.objectives import Imitate, Objective
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import opening, planning
 from tilt.recipes.finishing import Result, saved
@@ -22,6 +21,7 @@ from tilt.recipes.scoring import Scoring, scoring
 from tilt.recipes.settings import Evaluation, Reward, Sampling, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.trying import Trial, sampling_of
+from tilt.recipes.variants import resolve
 
 IMPORTANT = ("loss", "eval/nll", "eval/reward", "grad_norm", "lr", "tokens_per_second")
 
@@ -32,6 +32,8 @@ class Config(Training):
     epochs: Annotated[float, Field(gt=0.0, description="passes over the rows; `steps` overrides it")] = 3.0
     steps: Annotated[int | None, Field(ge=1)] = None
     batch: Annotated[int, Field(ge=1, description="rows an optimizer step")] = 32
+    algorithm: Annotated[str, Field(description="a row that imitates: sft, dft, or file.py:NAME")] = "sft"
+    objective: Annotated[dict[str, Any], Field(description="slots of the row to change, such as {average: per_budget}")] = {}
     average: Annotated[
         Literal["token", "sequence"], Field(description="mean over tokens of the batch, or over sequences of their token means")
     ] = "token"
@@ -41,8 +43,24 @@ class Config(Training):
     eval: Evaluation = Evaluation()
     stop_at: Annotated[float | None, Field(description="stop at the first evaluation whose mean reward reaches this")] = None
 
+    @property
+    def row(self) -> Objective:
+        """The row that is trained: `algorithm` with its average and slots."""
+        averaged = {"average": "sequence"} if self.average == "sequence" else {}
+        return resolve(self.algorithm, averaged | self.objective)[1]
+
     @model_validator(mode="after")
     def _possible(self) -> Config:
+        if self.row.credit != Imitate():
+            raise ValueError(
+                f"algorithm {self.algorithm} learns from rewards, and sft only has given answers: use `tilt rl`, or set algorithm to sft or dft"
+            )
+        if self.average != "token" and "average" in self.objective:
+            raise ValueError("average and objective.average both choose the average: keep one")
+        if self.row.needs:
+            raise ValueError(
+                f"objective reads {', '.join(sorted(self.row.needs))}, which given answers do not have: a row for sft has no ratio, penalty or critic"
+            )
         if self.stop_at is not None and (self.reward is None or self.eval.every == 0):
             raise ValueError("stop_at needs a reward to compare with, and eval.every above 0 to look at it while training")
         idle = [
@@ -73,7 +91,6 @@ def run(config: Config) -> Result:
     render = opening.renderer(tokenizer, config.data, lm, rows)
     train = render.demonstrations(rows.train)
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch))
-    row = ALGORITHMS["sft"] if config.average == "token" else replace(ALGORITHMS["sft"], average=SequenceAverage())
     learner = Learner(
         policy,
         Optimizer(policy, config.optimizer.settings(), steps),
@@ -93,11 +110,12 @@ def run(config: Config) -> Result:
                 opening.headline(name, policy, device, config),
                 *rows.notes,
                 f"           {render.summary()}",
+                f"algorithm  {config.algorithm}: {config.row!r}",
                 f"steps      {steps} of {min(config.batch, len(train))} rows",
             ]
         )
         before, after, step = imitate(
-            learner, row, train, directory, journal, measure, steps=steps, batch=min(config.batch, len(train)), seed=config.seed, every=config.eval.every,
+            learner, config.row, train, directory, journal, measure, steps=steps, batch=min(config.batch, len(train)), seed=config.seed, every=config.eval.every,
             stop=lambda found: config.stop_at is not None and found.get("reward", float("-inf")) >= config.stop_at,
         )  # fmt: skip
         checkpoint = saved(directory, step, partial(save, policy.lm, tokenizer), config.save)
