@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from tilt.objectives import Imitate
 from tilt.recipes.settings import Count, Evaluation, Mask, Reward, Sampling, Texts, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.variants import resolve
@@ -81,6 +82,10 @@ class Config(Training):
     def _possible(self) -> Config:
         name, row = resolve(self.algorithm, self.objective)
         problems = row.check(samples=self.samples, passes=self.passes)
+        if row.credit == Imitate():
+            problems.append(
+                f"algorithm {name} imitates given answers, and rl samples its own: use `tilt sft`, or raft to imitate the best samples"
+            )
         if row.passes is not None and self.minibatches > 1 and self.passes * self.minibatches > row.passes:
             problems.append(
                 f"minibatches {self.minibatches}: {type(row.surrogate).__name__} has no ratio to correct for the steps in between; set minibatches to 1"
