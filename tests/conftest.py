@@ -1,4 +1,4 @@
-"""What every test stands on: no network, one thread, shapes checked while the tests run, and the shared data where TILT_DATA names it."""
+"""What every test stands on: no network, one thread, shapes checked while the tests run (TILT_SHAPES=0 leaves that out), and the shared data where TILT_DATA names it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
-spec = importlib.util.spec_from_file_location("tilt_shape_checker", Path(__file__).with_name("shape_checker.py"))
-assert spec is not None and spec.loader is not None
-sys.modules["tilt_shape_checker"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["tilt_shape_checker"])
-install_import_hook(["tilt.objectives", "tilt.segments", "tilt.distributions"], "tilt_shape_checker.check")
+if os.environ.get("TILT_SHAPES", "1") != "0":
+    spec = importlib.util.spec_from_file_location("tilt_shape_checker", Path(__file__).with_name("shape_checker.py"))
+    assert spec is not None and spec.loader is not None
+    sys.modules["tilt_shape_checker"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["tilt_shape_checker"])
+    sys.modules["tilt_shape_checker"].install(["tilt.objectives", "tilt.segments", "tilt.distributions"])
 
 
 @pytest.fixture(scope="session")

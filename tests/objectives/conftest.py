@@ -112,6 +112,12 @@ def t() -> Case:
     return fixture_t()
 
 
+@pytest.fixture(params=["F", "T", "random0", "random1"])
+def some(request: pytest.FixtureRequest) -> Case:
+    """Four of the cases, for what must hold whatever the numbers are."""
+    return CASES[request.param]
+
+
 @pytest.fixture(params=list(CASES), ids=list(CASES))
 def case(request: pytest.FixtureRequest) -> Case:
     """Fixtures F and T and six random ragged batches."""

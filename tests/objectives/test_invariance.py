@@ -30,22 +30,22 @@ def part_of(outputs: Outputs, layout: Layout, sequences: Tensor) -> Outputs:
 
 
 @ROWS
-def test_parts_add_up_to_the_batch(name: str, case: Any) -> None:
-    row, seed = ALGORITHMS[name], case.layout.actions
+def test_parts_add_up_to_the_batch(name: str, some: Any) -> None:
+    row, seed = ALGORITHMS[name], some.layout.actions
     rng = random.Random(seed)
-    outputs, experience = case.outputs(), ALGORITHMS[name].prepare(case.rewards, case.signals, case.layout)
-    outputs = replace(outputs, entropy=torch.rand(case.layout.actions, dtype=torch.float64))
+    outputs, experience = some.outputs(), ALGORITHMS[name].prepare(some.rewards, some.signals, some.layout)
+    outputs = replace(outputs, entropy=torch.rand(some.layout.actions, dtype=torch.float64))
     whole = gradients(row, outputs, experience)
-    order = torch.randperm(case.layout.sequences, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(some.layout.sequences, generator=torch.Generator().manual_seed(seed))
     cuts = sorted(rng.randint(0, len(order)) for _ in range(2))
     parts = [p for p in (order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :]) if len(p)]
 
     loss, by_policy, by_value = torch.zeros((), dtype=torch.float64), torch.zeros_like(whole[1]), torch.zeros_like(whole[2])
     sums: dict[str, tuple[float, float]] = {}
     for part in parts:
-        share, said = experience.take(part), part_of(outputs, case.layout, part)
+        share, said = experience.take(part), part_of(outputs, some.layout, part)
         found = gradients(row, said, share)
-        actions = case.layout.actions_of(part)
+        actions = some.layout.actions_of(part)
         loss += found[0]
         by_policy[actions] += found[1]
         by_value[actions] += found[2]
@@ -66,51 +66,51 @@ def test_parts_add_up_to_the_batch(name: str, case: Any) -> None:
 
 
 @ROWS
-def test_order_of_sequences_does_not_matter(name: str, case: Any) -> None:
-    row, layout = ALGORITHMS[name], case.layout
+def test_order_of_sequences_does_not_matter(name: str, some: Any) -> None:
+    row, layout = ALGORITHMS[name], some.layout
     order = torch.randperm(layout.sequences, generator=torch.Generator().manual_seed(5))
     actions = layout.actions_of(order)
-    steps = case.rewards.steps[actions]
+    steps = some.rewards.steps[actions]
     signals = Signals(
-        **{f.name: getattr(case.signals, f.name)[actions] for f in fields(Signals) if f.name != "final"}, final=case.signals.final
+        **{f.name: getattr(some.signals, f.name)[actions] for f in fields(Signals) if f.name != "final"}, final=some.signals.final
     )
-    shuffled = row.prepare(Rewards.of(case.rewards.total[order], steps), signals, layout.take(order))
-    whole = gradients(row, case.outputs(), row.prepare(case.rewards, case.signals, layout))
-    found = gradients(row, part_of(case.outputs(), layout, order), shuffled)
+    shuffled = row.prepare(Rewards.of(some.rewards.total[order], steps), signals, layout.take(order))
+    whole = gradients(row, some.outputs(), row.prepare(some.rewards, some.signals, layout))
+    found = gradients(row, part_of(some.outputs(), layout, order), shuffled)
     torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(found[1], whole[1][actions], rtol=0, atol=1e-12)
     torch.testing.assert_close(found[2], whole[2][actions], rtol=0, atol=1e-12)
 
 
 @ROWS
-@pytest.mark.parametrize("junk", [NAN, float("inf"), 700.0])
-def test_unscored_sequences_do_not_exist(name: str, junk: float, case: Any) -> None:
+def test_unscored_sequences_do_not_exist(name: str, some: Any) -> None:
     """A batch with answers that could not be scored, holding anything, gives the update of the batch without them."""
-    row, plain = ALGORITHMS[name], case.layout
-    lengths, prompt = plain.lengths.tolist() + [3, 1], case.prompt + [case.prompt[0], max(case.prompt) + 1]
-    layout, extra = Layout.of(lengths, prompt), torch.full((4,), junk, dtype=torch.float64)
+    row, plain = ALGORITHMS[name], some.layout
+    lengths, prompt = plain.lengths.tolist() + [3, 1], some.prompt + [some.prompt[0], max(some.prompt) + 1]
+    layout = Layout.of(lengths, prompt)
     scored = torch.tensor([True] * plain.sequences + [False] * 2)
+    outputs = some.outputs()
+    without = row.prepare(some.rewards, some.signals, plain)
+    whole, expected = gradients(row, outputs, without), row.metrics(outputs, without)
+    for junk in (NAN, float("inf"), 700.0):
+        extra = torch.full((4,), junk, dtype=torch.float64)
 
-    def more(x: Tensor) -> Tensor:
-        return torch.cat([x, extra])
+        def more(x: Tensor, extra: Tensor = extra) -> Tensor:
+            return torch.cat([x, extra])
 
-    rewards = Rewards.of(torch.cat([case.rewards.total, extra[:2]]), more(case.rewards.steps), scored=scored)
-    signals = Signals.of(
-        *(more(case.signals.old),), **{k: more(getattr(case.signals, k)) for k in ("sampler", "reference", "values", "entropy")}
-    )
-    outputs = case.outputs()
-    whole = gradients(row, outputs, row.prepare(case.rewards, case.signals, plain))
-    experience = row.prepare(rewards, signals, layout)
-    assert (experience.weights[plain.actions :] == 0).all() and (experience.advantages[plain.actions :] == 0).all()
-    found = gradients(row, Outputs.of(more(outputs.logprobs), entropy=more(outputs.entropy), values=more(outputs.values)), experience)
-    torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-12)
-    for now, before in zip(found[1:], whole[1:], strict=True):
-        torch.testing.assert_close(now[: plain.actions], before, rtol=0, atol=1e-12)
-        assert (now[plain.actions :] == 0).all()
-    said = row.metrics(Outputs.of(more(outputs.logprobs), entropy=more(outputs.entropy), values=more(outputs.values)), experience)
-    expected = row.metrics(outputs, row.prepare(case.rewards, case.signals, plain))
-    for key, pair in expected.items():
-        assert [x.item() for x in said[key]] == pytest.approx([x.item() for x in pair], abs=1e-12), key
+        rewards = Rewards.of(torch.cat([some.rewards.total, extra[:2]]), more(some.rewards.steps), scored=scored)
+        others = {k: more(getattr(some.signals, k)) for k in ("sampler", "reference", "values", "entropy")}
+        experience = row.prepare(rewards, Signals.of(more(some.signals.old), **others), layout)
+        assert (experience.weights[plain.actions :] == 0).all() and (experience.advantages[plain.actions :] == 0).all()
+        said = Outputs.of(more(outputs.logprobs), entropy=more(outputs.entropy), values=more(outputs.values))
+        found = gradients(row, said, experience)
+        torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-12)
+        for now, before in zip(found[1:], whole[1:], strict=True):
+            torch.testing.assert_close(now[: plain.actions], before, rtol=0, atol=1e-12)
+            assert (now[plain.actions :] == 0).all()
+        metrics = row.metrics(said, experience)
+        for key, pair in expected.items():
+            assert [x.item() for x in metrics[key]] == pytest.approx([x.item() for x in pair], abs=1e-12), key
 
 
 @ROWS
