@@ -52,7 +52,9 @@ def other(mdp: TokenMDP) -> Tensor:
 @pytest.fixture(scope="session")
 def small() -> tuple[TokenMDP, Tensor, Tensor, Tensor]:
     """Four answers of lengths 1, 2, 3 and 3 (one token and a stop), two prompts: MDP, policy, old, and a wrong critic."""
-    mdp = anchored(TokenMDP.of(lambda g, answer: [[0.4, 1.0, -0.7, 0.1], [-1.0, 0.0, 0.3, 2.0]][g][len(answer) - (answer[-1] == 1)], vocabulary=2))
+    mdp = anchored(
+        TokenMDP.of(lambda g, answer: [[0.4, 1.0, -0.7, 0.1], [-1.0, 0.0, 0.3, 2.0]][g][len(answer) - (answer[-1] == 1)], vocabulary=2)
+    )
     critic = torch.tensor([[0.3 * len(x) - 0.1 for x in mdp.prefixes]] * 2, dtype=torch.float64)
     return mdp, mdp.tilted(0.7, 1), mdp.tilted(0.7, 1) + mdp.tilted(0.2, 2), critic
 

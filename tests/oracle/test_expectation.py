@@ -11,7 +11,23 @@ import torch
 from torch import Tensor
 
 from tilt.errors import NumericError, UsageError
-from tilt.objectives import ALGORITHMS, K3, Credited, GroupRelative, Layout, NoRatio, Objective, Outputs, PerBudget, Rewards, Score, Signals
+from tilt.objectives import (
+    ALGORITHMS,
+    K3,
+    Credited,
+    EntropyBonus,
+    ExactKL,
+    GroupRelative,
+    Layout,
+    NoRatio,
+    Objective,
+    OldKL,
+    Outputs,
+    PerBudget,
+    Rewards,
+    Score,
+    Signals,
+)
 from tilt.objectives.credit import Credit
 from tilt.oracle import token_mdp as exact
 from tilt.oracle.expectation import (
@@ -27,6 +43,16 @@ from tilt.oracle.expectation import (
     limit,
 )
 from tilt.oracle.token_mdp import TokenMDP
+
+
+def entropy(policy: Tensor, which: tuple[Tensor, ...]) -> Tensor:
+    said = policy[which[:2]]
+    return -(said.softmax(-1) * said.log_softmax(-1)).sum(-1)
+
+
+def kl(p: Tensor, q: Tensor, which: tuple[Tensor, ...]) -> Tensor:
+    one, two = p[which[:2]], q[which[:2]]
+    return (one.softmax(-1) * (one.log_softmax(-1) - two.log_softmax(-1))).sum(-1)
 
 
 def by_loops(row: Objective, mdp: TokenMDP, policy: Tensor, old: Tensor, samples: int) -> tuple[Tensor, float]:
@@ -48,20 +74,30 @@ def by_loops(row: Objective, mdp: TokenMDP, policy: Tensor, old: Tensor, samples
         total = torch.tensor([mdp.rewards[g, n].item() for g, n in zip(owner, drawn)], dtype=torch.float64)
         values = torch.tensor([0.3 * len(a[:t]) - 0.1 for a in answers for t in range(len(a))], dtype=torch.float64)
         at = policy.clone().requires_grad_()
-        signals = Signals.of(said(old), sampler=said(old), reference=said(mdp.reference), values=values)
-        loss = row.loss(Outputs.of(said(at), values=values), row.prepare(Rewards.of(total), signals, layout))
+        signals = Signals.of(said(old), sampler=said(old), reference=said(mdp.reference), values=values, entropy=entropy(old, which))
+        compared = kl(at, mdp.reference, which) if row.against == "reference" else kl(old, at, which)
+        loss = row.loss(
+            Outputs.of(said(at), entropy=entropy(at, which), kl=compared, values=values), row.prepare(Rewards.of(total), signals, layout)
+        )
         found = -torch.autograd.grad(loss, at)[0]
         mean += weight * found
         square += weight * found.square().sum().item()
     return mean, square - mean.square().sum().item()
 
 
-@pytest.mark.parametrize("name", ["ppo", "dapo", "reinforce_pp", "grpo"])
+ROWS = {
+    **{name: ALGORITHMS[name] for name in ("ppo", "dapo", "reinforce_pp", "grpo", "high_entropy")},
+    "exact_kl_and_entropy": replace(ALGORITHMS["dapo"], penalty=ExactKL(0.3), bonus=EntropyBonus(0.2)),
+    "old_kl": replace(ALGORITHMS["grpo"], penalty=OldKL(0.5)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_expectations_equal_plain_loops(name: str, small: tuple[TokenMDP, Tensor, Tensor, Tensor]) -> None:
     """All 4^4 batches; every token average, whitening and ratio away from 1 included."""
     mdp, policy, old, critic = small
-    mean, variance = by_loops(ALGORITHMS[name], mdp, policy, old, 2)
-    found = expect(ALGORITHMS[name], Situation.of(mdp, 2, policy, old=old, critic=critic))
+    mean, variance = by_loops(ROWS[name], mdp, policy, old, 2)
+    found = expect(ROWS[name], Situation.of(mdp, 2, policy, old=old, critic=critic))
     torch.testing.assert_close(found.mean, mean, rtol=0, atol=1e-12)
     assert found.variance == pytest.approx(variance, abs=1e-12)
     assert found.noise == pytest.approx(4 * variance / mean.square().sum().item())
@@ -128,7 +164,9 @@ def test_the_limit_is_one_batch_of_every_group(name: str, small: tuple[TokenMDP,
     mdp, row = small[0], ALGORITHMS[name]
     quarters = mdp.in_parts(4, 3)
     chance = exact.answer_logprobs(mdp, quarters).exp()
-    pairs = [(g, n, m) for g in range(2) for n in range(4) for m in range(4) for _ in range(round(4096 * (chance[g, n] * chance[g, m]).item()))]
+    pairs = [
+        (g, n, m) for g in range(2) for n in range(4) for m in range(4) for _ in range(round(4096 * (chance[g, n] * chance[g, m]).item()))
+    ]
     assert len(pairs) == 8192
     drawn = [(g, mdp.answers[n], mdp.rewards[g, n]) for g, n, m in pairs for n in (n, m)]
     spots = [(g, mdp.prefixes.index(a[:t]), a[t]) for g, a, _ in drawn for t in range(len(a))]

@@ -9,7 +9,22 @@ import torch
 from torch import Tensor
 
 from tilt.distributions import k1, k2, k3
-from tilt.objectives import K1, K2, K3, GroupRelative, NoRatio, Objective, Penalty, PerBudget, Return, ReturnToGo, Score, SequenceK3
+from tilt.objectives import (
+    K1,
+    K2,
+    K3,
+    ExactKL,
+    GroupRelative,
+    NoRatio,
+    Objective,
+    OldKL,
+    Penalty,
+    PerBudget,
+    Return,
+    ReturnToGo,
+    Score,
+    SequenceAverage,
+)
 from tilt.oracle import token_mdp as exact
 from tilt.oracle.expectation import Situation, compare, expect, expect_by_prompt
 from tilt.oracle.token_mdp import TokenMDP
@@ -47,8 +62,9 @@ def frozen_backward(mdp: TokenMDP, policy: Tensor) -> Tensor:
 
 
 def pull(penalty: Penalty, mdp: TokenMDP, policy: Tensor) -> Tensor:
-    """Where the penalty of beta 1 pulls when nothing is earned: E[grad penalty], summed over actions."""
-    return -expect(Objective(Return(), NoRatio(), Score(), PerBudget(1), penalty), Situation.of(mdp, 1, policy)).mean
+    """Where the penalty of beta 1 pulls when nothing is earned: E[grad penalty], summed over actions, or once for each answer."""
+    average = SequenceAverage() if getattr(penalty, "level", "token") == "sequence" else PerBudget(1)
+    return -expect(Objective(Return(), NoRatio(), Score(), average, penalty), Situation.of(mdp, 1, policy)).mean
 
 
 def u(mdp: TokenMDP, policy: Tensor) -> Tensor:
@@ -95,6 +111,7 @@ def test_k2_of_actions_pulls_along_the_prefix_frozen_kl(free: TokenMDP, policy: 
 
 
 def test_k2_of_answers_pulls_along_the_kl(free: TokenMDP, policy: Tensor) -> None:
+    same(pull(K2(1.0, "sequence"), free, policy), forward(free, policy))
     same(as_loss(free, policy, "k2"), forward(free, policy))
     assert abs(value(free, policy, k2(whole(free, policy))) - exact.divergence(free, policy, free.reference).item()) > 1e-3
 
@@ -107,18 +124,20 @@ def test_k3_of_actions_pulls_along_the_prefix_frozen_reverse_kl(free: TokenMDP, 
 
 
 def test_k3_of_answers_pulls_along_the_reverse_kl(free: TokenMDP, policy: Tensor) -> None:
-    row = Objective(Return(), NoRatio(), Score(), PerBudget(1), SequenceK3(1.0))
-    per_action = expect(replace(row, average=_BySequence()), Situation.of(free, 1, policy)).mean
-    same(-per_action, backward(free, policy))
+    same(pull(K3(1.0, "sequence"), free, policy), backward(free, policy))
     same(as_loss(free, policy, "k3"), backward(free, policy))
     assert value(free, policy, k3(whole(free, policy))) == pytest.approx(exact.divergence(free, policy, free.reference).item(), abs=1e-12)
 
 
-class _BySequence(PerBudget):
-    """w = 1 / (S n_i): a sequence-level penalty stands on each of the n_i actions."""
+@pytest.mark.parametrize("kind", [K1, K3])
+def test_weighted_estimates_pull_along_the_kl(kind: type[K1] | type[K3], free: TokenMDP, policy: Tensor) -> None:
+    same(pull(kind(1.0, "sequence", weighted=True), free, policy), forward(free, policy))
+    same(pull(kind(1.0, weighted=True), free, policy), frozen_forward(free, policy))
 
-    def __call__(self, layout, counted):  # type: ignore[no-untyped-def]
-        return super().__call__(layout, counted) / layout.lengths[layout.sequence]
+
+def test_exact_penalties_pull_prefix_by_prefix(free: TokenMDP, policy: Tensor) -> None:
+    same(pull(ExactKL(1.0), free, policy), frozen_forward(free, policy))
+    same(pull(OldKL(1.0), free, policy), torch.zeros_like(policy))
 
 
 def test_weighted_k3_pulls_along_the_kl(free: TokenMDP, policy: Tensor) -> None:

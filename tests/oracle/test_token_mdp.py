@@ -132,7 +132,9 @@ def test_the_optimum_is_the_tilted_reference(mdp: TokenMDP, policy: Tensor, beta
         weight = {a: p * exp(mdp.returns[prompt, mdp.answers.index(a)].item() / beta) for a, (p,) in walk(mdp, prompt, [mdp.reference])}
         z = sum(weight.values())
         close(best.value[prompt], beta * log(z))
-        close(exact.answer_logprobs(mdp, best.policy)[prompt].exp(), torch.tensor([weight[a] / z for a in mdp.answers], dtype=torch.float64))
+        close(
+            exact.answer_logprobs(mdp, best.policy)[prompt].exp(), torch.tensor([weight[a] / z for a in mdp.answers], dtype=torch.float64)
+        )
     top = exact.expected_reward(mdp, best.policy, kl=beta)
     close(top, best.value.mean())
     close(top - exact.expected_reward(mdp, policy, kl=beta), beta * exact.divergence(mdp, policy, best.policy))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations_with_replacement, product
 from math import factorial, prod
 
@@ -37,7 +37,13 @@ class Situation:
 
     @staticmethod
     def of(
-        mdp: TokenMDP, samples: int, policy: Tensor, *, old: Tensor | None = None, sampler: Tensor | None = None, critic: Tensor | None = None
+        mdp: TokenMDP,
+        samples: int,
+        policy: Tensor,
+        *,
+        old: Tensor | None = None,
+        sampler: Tensor | None = None,
+        critic: Tensor | None = None,
     ) -> Situation:
         """On-policy unless said otherwise: old = policy, sampler = old; the critic is exact for `old` and the reward without KL."""
         before = policy if old is None else old
@@ -60,20 +66,34 @@ class Situation:
         found = {name: exact.logprobs(mdp, getattr(self, name)) for name in ("policy", "old", "sampler")}
         found["reference"] = exact.logprobs(mdp, mdp.reference)
         found["values"], found["steps"] = self.critic[:, at], mdp.steps
-        found["entropy"] = exact.entropies(self.policy)[:, at]
+        found["entropy"] = exact.entropies(self.old)[:, at]
         return {name: x.reshape(-1) for name, x in found.items()}
 
-    @cached_property
-    def slopes(self) -> Tensor:
-        """Derivatives of every action's log-probability and entropy by its prompt's logits, [2, G, A, X * V]."""
-        mdp = self.mdp
+    def free(self, against: str) -> Tensor:
+        """What a loss may differentiate: log-probability, entropy and exact KL of every action, [3, G, A]; the KL is NaN against `none`."""
+        return self._by_action(_state(self.policy, self._other(against), against))
 
-        def both(logits: Tensor) -> Tensor:
-            said = logits.log_softmax(-1)[mdp.prefix, mdp.token]
-            return torch.stack([said, exact.entropies(logits)[mdp.prefix]])
+    def slopes(self, against: str) -> Tensor:
+        """Derivatives of `free` by the logits of each action's own prompt, [3, G, A, X * V]."""
+        state = torch.vmap(torch.vmap(torch.func.jacfwd(partial(_state, against=against))))
+        each = self._by_action(state(self.policy, self._other(against)))
+        at = torch.nn.functional.one_hot(self.mdp.prefix, len(self.mdp.prefixes)).unsqueeze(-1)
+        return (at * each.unsqueeze(-2)).flatten(3)
 
-        each = [torch.func.jacrev(both)(logits).flatten(2) for logits in self.policy]
-        return torch.stack(each, 1)
+    def _other(self, against: str) -> Tensor:
+        return self.old if against == "old" else self.mdp.reference
+
+    def _by_action(self, states: Tensor) -> Tensor:
+        """From the outputs of every state [G, X, V + 2, …] those of every action [3, G, A, …]."""
+        at, last = self.mdp.prefix, self.mdp.vocabulary
+        return torch.stack([states[:, at, self.mdp.token], states[:, at, last], states[:, at, last + 1]])
+
+
+def _state(policy: Tensor, other: Tensor, against: str) -> Tensor:
+    """Log-probabilities of the next token, their entropy, and KL(policy || reference) or KL(old || policy), [..., V + 2]."""
+    said = policy.log_softmax(-1)
+    entropy, kl = exact.entropies(policy), exact.divergences(policy, other) if against == "reference" else exact.divergences(other, policy)
+    return torch.cat([said, torch.stack([entropy, kl * (torch.nan if against == "none" else 1.0)], -1)], -1)
 
 
 @dataclass(frozen=True)
@@ -142,15 +162,22 @@ def batches(situation: Situation, *, ordered: bool) -> tuple[Tensor, Tensor]:
 
 def ascent(objective: Objective, situation: Situation, drawn: Tensor) -> Tensor:
     """-grad loss of each of these batches [B, S], by prompt: [B, G, X * V]. The row is applied to each batch by itself."""
-    mdp, count = situation.mdp, situation.mdp.layout.actions
-    found = torch.zeros(len(drawn), mdp.prompts, situation.slopes.shape[-1], dtype=torch.float64)
+    found = torch.zeros(len(drawn), situation.mdp.prompts, situation.policy[0].numel(), dtype=torch.float64)
     for rows, layout, index in _alike(situation, drawn):
-        total = mdp.rewards[situation.prompt, drawn[rows]]
-        slopes = _by_outputs(objective, situation, layout, total, index)
-        for slope, by_logits in zip(slopes, situation.slopes, strict=True):
-            if slope is not None:
-                dense = torch.zeros(len(rows), mdp.prompts * count, dtype=torch.float64).scatter_add(1, index, slope)
-                found[rows] -= torch.einsum("bga,gax->bgx", dense.view(-1, mdp.prompts, count), by_logits)
+        total = situation.mdp.rewards[situation.prompt, drawn[rows]]
+        found[rows] = -_gradient(objective, situation, layout, total, index)
+    return found
+
+
+def _gradient(objective: Objective, situation: Situation, layout: Layout, total: Tensor, index: Tensor) -> Tensor:
+    """Gradient of each batch's loss by the logits, [b, G, X * V], from the rewards of its sequences [b, S] and the places of its actions [b, A]."""
+    shape = (len(index), situation.mdp.prompts, situation.mdp.layout.actions)
+    found = torch.zeros(*shape[:2], situation.policy[0].numel(), dtype=torch.float64)
+    slopes = _by_outputs(objective, situation, layout, total, index)
+    for slope, by_logits in zip(slopes, situation.slopes(objective.against), strict=True):
+        if slope is not None:
+            dense = torch.zeros(shape[0], shape[1] * shape[2], dtype=torch.float64).scatter_add(1, index, slope)
+            found += torch.einsum("bga,gax->bgx", dense.view(shape), by_logits)
     return found
 
 
@@ -167,25 +194,26 @@ def _alike(situation: Situation, drawn: Tensor) -> Iterator[tuple[Tensor, Layout
 
 
 def _by_outputs(objective: Objective, situation: Situation, layout: Layout, total: Tensor, index: Tensor) -> list[Tensor | None]:
-    """Derivatives of each batch's loss by log-probabilities and entropies, [b, A] each; None where the loss does not depend on them.
+    """Derivatives of each batch's loss by log-probabilities, entropies and exact KL, [b, A] each; None where the loss does not depend on them.
 
     All batches at once where the row allows it, one after the other where it looks at numbers (as in `if reward.max() > 0`).
     """
     given = {name: x[index] for name, x in situation.said.items()}
+    free = [x.reshape(-1)[index].requires_grad_() for x in situation.free(objective.against)]
 
-    def loss(logprobs: Tensor, entropy: Tensor, total: Tensor, given: dict[str, Tensor]) -> Tensor:
-        signals = Signals.of(given["old"], sampler=given["sampler"], reference=given["reference"], values=given["values"])
+    def loss(logprobs: Tensor, entropy: Tensor, kl: Tensor, total: Tensor, given: dict[str, Tensor]) -> Tensor:
+        said = {name: x for name, x in given.items() if name not in ("policy", "steps")}
+        signals = Signals(**said, final=total.new_zeros(layout.sequences))
         experience = objective.prepare(Rewards.of(total, given["steps"]), signals, layout)
-        return objective.loss(Outputs.of(logprobs, entropy=entropy, values=given["values"]), experience)
+        return objective.loss(Outputs.of(logprobs, entropy=entropy, kl=kl, values=given["values"]), experience)
 
-    free = [given["policy"].clone().requires_grad_(), given["entropy"].clone().requires_grad_()]
     try:
-        losses = torch.vmap(loss)(*free, total, given)
+        losses: Tensor = torch.vmap(loss)(free[0], free[1], free[2], total, given)
     except (RuntimeError, ValueError):
-        each = [loss(free[0][b], free[1][b], total[b], {name: x[b] for name, x in given.items()}) for b in range(len(total))]
+        each = [loss(free[0][b], free[1][b], free[2][b], total[b], {name: x[b] for name, x in given.items()}) for b in range(len(total))]
         losses = torch.stack(each)
     if not losses.requires_grad:
-        return [None, None]
+        return [None] * len(free)
     return list(torch.autograd.grad(losses.sum(), free, allow_unused=True))
 
 
@@ -240,13 +268,8 @@ def limit(objective: Objective, situation: Situation) -> Tensor:
     owner = torch.arange(mdp.prompts * size).repeat_interleave(situation.samples)
     layout = Layout.of(mdp.layout.lengths[drawn], owner)
     index = (mdp.layout.starts[drawn] + prompt * mdp.layout.actions)[layout.sequence] + layout.positions
-    slopes = _by_outputs(objective, situation, layout, mdp.rewards[prompt, drawn].unsqueeze(0), index.unsqueeze(0))
-    found = torch.zeros(mdp.prompts, situation.slopes.shape[-1], dtype=torch.float64)
-    for slope, by_logits in zip(slopes, situation.slopes, strict=True):
-        if slope is not None:
-            dense = torch.zeros(mdp.prompts * mdp.layout.actions, dtype=torch.float64).index_add(0, index, slope[0])
-            found -= torch.einsum("ga,gax->gx", dense.view(mdp.prompts, -1), by_logits)
-    return found.view_as(situation.policy)
+    found = _gradient(objective, situation, layout, mdp.rewards[prompt, drawn].unsqueeze(0), index.unsqueeze(0))
+    return -found[0].view_as(situation.policy)
 
 
 def _denominator(chance: Tensor, largest: int = 1 << 20) -> int:
@@ -276,4 +299,6 @@ def fixed_point(
         if found.abs().max() < tolerance:
             return at
         at = (at + step * found / (exact.visits(mdp, at).unsqueeze(-1) * at.exp())).log_softmax(-1)
-    raise NumericError(f"no fixed point after {steps:,} steps of {step:g}: the gradient is still {found.abs().max().item():.1e}; take a smaller step")
+    raise NumericError(
+        f"no fixed point after {steps:,} steps of {step:g}: the gradient is still {found.abs().max().item():.1e}; take a smaller step"
+    )

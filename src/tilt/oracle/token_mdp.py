@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -33,7 +32,9 @@ class TokenMDP:
 
     def __post_init__(self) -> None:
         if self.vocabulary < 2 or self.horizon < 1:
-            raise UsageError(f"TokenMDP: vocabulary={self.vocabulary} must be at least 2 (one token stops) and horizon={self.horizon} at least 1")
+            raise UsageError(
+                f"TokenMDP: vocabulary={self.vocabulary} must be at least 2 (one token stops) and horizon={self.horizon} at least 1"
+            )
         shapes = {"rewards": (self.answers_count,), "steps": (self.layout.actions,), "reference": (len(self.prefixes), self.vocabulary)}
         for name, shape in shapes.items():
             given = tuple(getattr(self, name).shape)
@@ -121,7 +122,9 @@ class TokenMDP:
 def _tree(vocabulary: int, horizon: int) -> tuple[tuple[Answer, ...], tuple[Answer, ...]]:
     """Answers and prefixes, shortest first."""
     stop = vocabulary - 1
-    levels = list(accumulate(range(1, horizon), lambda level, _: [(*p, v) for p in level for v in range(stop)], initial=[()]))
+    levels: list[list[Answer]] = [[()]]
+    while len(levels) < horizon:
+        levels.append([(*prefix, token) for prefix in levels[-1] for token in range(stop)])
     ended = [(*prefix, stop) for level in levels for prefix in level]
     cut = [(*prefix, v) for prefix in levels[-1] for v in range(stop)]
     return tuple(sorted(ended + cut, key=lambda a: (len(a), a))), tuple(prefix for level in levels for prefix in level)
