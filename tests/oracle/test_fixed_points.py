@@ -16,6 +16,7 @@ from tilt.objectives import (
     K2,
     K3,
     PREFERENCES,
+    Answers,
     GroupRelative,
     ImplicitReward,
     NoPenalty,
@@ -130,7 +131,9 @@ def dpo_gradient(logits: Tensor, sign: float = 1.0) -> Tensor:
     chance = torch.sigmoid(sign * (r[first] - r[second])) / 25
     at = logits.clone().requires_grad_()
     said = at.log_softmax(-1)
-    pairs = Pairs.of(said[first], said[second], reference_chosen=ref[first], reference_rejected=ref[second], weights=chance)
+    pairs = Pairs.of(
+        Answers.of(said[first], reference=ref[first], weights=chance), Answers.of(said[second], reference=ref[second], weights=chance)
+    )
     return torch.autograd.grad(row.loss(pairs), at)[0]
 
 
