@@ -12,7 +12,8 @@ from tilt.data.rollouts import Prompt, Rollout
 from tilt.data.streams import Stream
 from tilt.learning import learner as module
 from tilt.learning.ema import Ema
-from tilt.learning.learner import Mismatch, NonFinite, Passes, movable
+from tilt.learning.guards import Guards, Mismatch
+from tilt.learning.learner import NonFinite, Passes, movable
 from tilt.learning.pretraining import Pretraining
 from tilt.objectives import ALGORITHMS, Clip, Experience, Layout, NoPenalty, Objective, Outputs, Rewards, Signals, TokenRatio
 
@@ -306,7 +307,7 @@ def test_pretraining_adds_its_own_gradient_to_every_step(make, gradients, batch,
 def test_pretraining_reads_other_texts_each_step_at_temperature_one_and_rests_with_the_policy(make, batch, rewards):
     row = ALGORITHMS["ppo"]
     learner = make(Passes(2, 2), critic=True)
-    learner.pretraining = Pretraining(Stream(texts(), 5), 3, 0.1)
+    learner.pretraining, learner.guards = Pretraining(Stream(texts(), 5), 3, 0.1), Guards(sampler=10.0)
     seen = []
     forward = learner.policy.forward
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tilt.data.packing import Pack
 from tilt.errors import NumericError
 from tilt.learning.ema import Ema
+from tilt.learning.guards import STRICT, Explain, Gaps, Guards
 from tilt.learning.meter import Meter
 from tilt.learning.pretraining import Pretraining
 from tilt.models.policy import Critic, Policy
@@ -40,7 +41,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class Report:
-    """What an update did: metrics of the step; channels on the action axis, NaN where an action was not trained on; which sequences were `trained`, [S].
+    """What an update did: metrics of the step; channels on the action axis, NaN where an action was not trained on; which sequences were `trained`, [S]; what there is to say.
 
     `first` holds the log-probabilities of the first visit, which with one optimizer step are `old`. Where asked for, of the last pass:
     `new`, `entropy`, `ratio`, `clip` (+1 cut for being too high, -1 too low, 2 outside but not binding, 0 inside), `push` = -∂loss/∂logprobs.
@@ -49,6 +50,7 @@ class Report:
     metrics: dict[str, float]
     channels: dict[str, Tensor]
     trained: Tensor
+    note: str = ""
 
     @property
     def skipped(self) -> bool:
@@ -64,22 +66,10 @@ class NonFinite(NumericError):
         self.term, self.batch, self.experience = term, batch, experience
 
 
-class Mismatch(NumericError):
-    """The policy that is trained is not the one that sampled, or not the one that was scored."""
-
-    def __init__(self, whom: str, gap: float, allowed: float) -> None:
-        super().__init__(
-            f"the learner and {whom} disagree about the same answers: mean |probability difference| {gap:.3g}, above max_mismatch {allowed:g}; "
-            "the update was not applied.\n"
-            "  healthy: below 0.005 in float32, 0.01 in bfloat16. Look for another temperature, stale weights, answers that were tokenised again,\n"
-            "  dropout, or a lower precision on one side; `max_mismatch` sets the limit"
-        )
-
-
 class Learner:
     """The trained models with their optimizers. `reference` opens a context in which the returned policy is the KL anchor (LoRA: adapter off).
 
-    `pretraining` adds its loss to every optimizer step of the policy; `ema` follows each.
+    `pretraining` adds its loss to every optimizer step of the policy; `ema` follows each. `guards` must be kept before the first update.
     """
 
     def __init__(
@@ -95,10 +85,11 @@ class Learner:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         pretraining: Pretraining | None = None,
         ema: Ema | None = None,
+        guards: Guards = STRICT,
     ) -> None:
         self.policy, self.optimizer, self.pretraining, self.ema = policy, optimizer, pretraining, ema
         self.reference, self.critic, self.critic_optimizer = reference, critic, critic_optimizer
-        self.settings, self.seed, self.autocast = settings, seed, autocast
+        self.settings, self.seed, self.autocast, self.guards = settings, seed, autocast, guards
         self.version = 0
 
     @property
@@ -147,22 +138,24 @@ class Learner:
         step: int = 0,
         only_critic: bool = False,
         watch: bool = False,
+        explain: Explain | None = None,
     ) -> Report:
         """Train on the experience: passes, minibatches, micro-batches, one clipped optimizer step a minibatch; `watch` asks for all channels.
 
         Sequences that cannot move the weights (advantage zero everywhere, no penalty, no value loss) are left out; the denominators keep them.
         A batch of nothing else is skipped. With one optimizer step a batch, `old` is the policy itself and the ratio is exactly 1.
+        Before the first step the guards are looked at; `explain` finds what is to blame where one is broken.
         """
         settings, lr = self.settings, self.optimizer.lr
         live = movable(experience, objective)
         channels = Channels(experience.layout, batch.sampler.dtype, watch)
         fresh = settings.steps == 1 and not torch.isfinite(experience.signals.old).all()
-        meter, updates = Meter(), 0
+        meter, updates, note = Meter(), 0, ""
         for part, scale in self._minibatches(live, step):
             if len(part) == 0:
                 self._pass_over(only_critic)
                 continue
-            gaps = Meter()
+            gaps = Gaps(objective, self.guards, first=self.version == 0)
             for micro in batch.split(settings.micro_tokens, part):
                 small, share = share_of(batch, micro).to(self.device), _to(share_of(experience, micro), self.device)
                 with self.autocast():
@@ -175,20 +168,21 @@ class Learner:
                 if watch and said.logprobs.requires_grad:
                     said.logprobs.retain_grad()
                 loss.backward()
-                if updates == 0:
-                    gaps.add(_gaps(said, share, objective))
-                meter.add(objective.metrics(said, share))
+                metrics = objective.metrics(said, share)
+                gaps.see(said, share, metrics)
+                meter.add(metrics)
                 meter.add({"loss": (loss.detach() / scale, torch.tensor(len(micro) / int(live.sum())))})
                 channels.put(micro, said, share, objective, scale)
             if updates == 0:
-                meter.add(self._trusted(gaps))
+                note = gaps.check(settings.max_gap, channels.values["first"], explain)
+                meter.add(gaps.metrics())
             if self.pretraining is not None and not only_critic:
                 meter.add({"pretrain/nll": (self._pretrain(self.pretraining), torch.ones(()))})
             self._step(meter, small, only_critic)
             updates += 1
         self.version += updates > 0
         found = meter.read() | {"lr": lr, "skipped": float(updates == 0), "sequences/trained": float(live.sum())}
-        return Report(found, channels.values, live)
+        return Report(found, channels.values, live, note)
 
     def _forward(self, small: Pack, objective: Objective, temperature: float) -> Outputs:
         values = "values" in objective.needs
@@ -211,14 +205,6 @@ class Learner:
             generator = torch.Generator().manual_seed(hash((self.seed, step, number)) & 0x7FFFFFFF)
             for part in torch.randperm(count, generator=generator).tensor_split(settings.minibatches):
                 yield part[live[part]], count / max(1, len(part))
-
-    def _trusted(self, gaps: Meter) -> dict[str, tuple[Tensor, Tensor]]:
-        """The gaps before a batch's first step as metrics; one beyond `max_gap` stops the run."""
-        found = gaps.read()
-        for name, whom in (("sampler/probability_gap_mean", "the sampler"), ("val/first_gap", "the policy of a moment ago (`old`)")):
-            if found.get(name, 0.0) > self.settings.max_gap:
-                raise Mismatch(whom, found[name], self.settings.max_gap)
-        return {name: (torch.tensor(value), torch.ones(())) for name, value in found.items()}
 
     def _step(self, meter: Meter, small: Pack, only_critic: bool) -> None:
         """One step of each optimizer, or none where a gradient is not finite."""
@@ -282,14 +268,6 @@ def _rests(objective: Objective) -> bool:
         return True
     found = torch.autograd.grad(gain.sum(), (ratio, logprobs), allow_unused=True)
     return all(slope is None or not slope.any() for slope in found)
-
-
-def _gaps(said: Outputs, share: Experience, objective: Objective) -> dict[str, tuple[Tensor, Tensor]]:
-    """|probability now - when sampled| and |now - under old| as (sum, number of actions that have both)."""
-    before = {"sampler/probability_gap_mean": share.signals.sampler}
-    before |= {"val/first_gap": share.signals.old} if "old" in objective.needs else {}
-    gaps = {name: (said.logprobs.detach().exp() - other.exp()).abs() for name, other in before.items()}
-    return {name: (gap.nansum(), (~gap.isnan()).sum()) for name, gap in gaps.items()}
 
 
 class Channels:

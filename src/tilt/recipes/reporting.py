@@ -59,6 +59,8 @@ class Recorder:
         metrics |= self.scoring.metrics() | clock.read(batch.layout.actions)
         counts = {"episode": self.answers, "eps": count / metrics["time/step"], "skipped/total": self.skipped}
         self.journal.step(step, metrics | counts | evaluated(seen))
+        if report.note:
+            self.journal.note(f"guards     {report.note}")
         messages = self.scoring.score.report.messages
         for part in messages.keys() - self.said:
             self.said.add(part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,10 @@ from tilt.data.packing import pack
 from tilt.data.rollouts import Prompt, Rollout
 from tilt.data.streams import Stream
 from tilt.errors import UsageError
+from tilt.learning.diagnosis import explain
 from tilt.learning.ema import Ema
 from tilt.learning.evaluation import Assessment
+from tilt.learning.guards import Guards
 from tilt.learning.learner import Learner, Passes
 from tilt.learning.pretraining import Pretraining
 from tilt.models import compat
@@ -101,7 +103,8 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
         experience = objective.prepare(answers.rewards, signals, batch.layout)
         with clock("update"), keeping(directory, step):
             report = learner.update(
-                batch, experience, objective, temperature=temperature, step=step, only_critic=step < critic_warmup(config, objective), watch=watch
+                batch, experience, objective, temperature=temperature, step=step, only_critic=step < critic_warmup(config, objective), watch=watch,
+                explain=partial(explain, learner, sampler.lm, answers.rollouts, batch, signals),
             )  # fmt: skip
         with clock("publish"):
             sampler.load(learner.policy)
@@ -223,11 +226,13 @@ def _learner(
     settings = config.optimizer.settings()
     passes = Passes(config.passes, config.minibatches, config.micro_tokens, config.max_mismatch)
     learning = config.steps - critic_warmup(config, objective)
+    half = opening.precision(config, device) is not nullcontext or compat.dtype_of(policy.lm) in (torch.float16, torch.bfloat16)
+    guards = Guards(**config.guards.model_dump(), half=half, fresh=config.reference is None)
     own = None if critic is None else Optimizer(critic, replace(settings, lr=config.critic_lr or settings.lr), config.steps * passes.steps)
     return Learner(
         policy, Optimizer(policy, settings, learning * passes.steps), reference=anchor, critic=critic, critic_optimizer=own, settings=passes,
         seed=config.seed, autocast=opening.precision(config, device), pretraining=texts,
-        ema=None if config.ema is None else Ema(policy.lm, config.ema),
+        ema=None if config.ema is None else Ema(policy.lm, config.ema), guards=guards,
     )  # fmt: skip
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tilt.objectives import Imitate
-from tilt.recipes.settings import Count, Evaluation, Mask, Reward, Sampling, Texts, Training
+from tilt.objectives import Imitate, Teacher
+from tilt.recipes.settings import Count, Evaluation, Guards, Mask, Reward, Sampling, Texts, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.variants import resolve
 
@@ -72,9 +72,11 @@ class Config(Training):
     max_mismatch: Annotated[
         float,
         Field(
-            gt=0.0, description="stop when learner and sampler differ by more than this in mean probability, before a batch's first update"
+            gt=0.0,
+            description="stop when learner and sampler differ by more than this in mean probability, before any batch's first update",
         ),
     ] = 0.05
+    guards: Guards = Guards()
     save_every: Annotated[int, Field(ge=0, description="steps between checkpoints; 0 = the last only")] = 0
     rollouts_every: Annotated[int, Field(ge=0, description="steps between stored rollouts; 0 = none")] = 10
 
@@ -85,6 +87,10 @@ class Config(Training):
         if row.credit == Imitate():
             problems.append(
                 f"algorithm {name} imitates given answers, and rl samples its own: use `tilt sft`, or raft to imitate the best samples"
+            )
+        if isinstance(row.credit, Teacher) and self.reference is None:
+            problems.append(
+                f"algorithm {name} learns from a teacher, and without one the policy is compared with itself: set reference to the teacher's path"
             )
         if row.passes is not None and self.minibatches > 1 and self.passes * self.minibatches > row.passes:
             problems.append(

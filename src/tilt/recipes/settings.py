@@ -188,6 +188,20 @@ class Mask(Section):
     refresh: Annotated[int, Field(ge=1, description="steps between copies")] = 20
 
 
+class Guards(Section):
+    """What a run's first update tolerates before it is applied; beyond it the run stops with a diagnosis. A large number switches a guard off."""
+
+    sampler: Annotated[
+        float, Field(gt=0.0, description="largest |log-probability difference| of an action between learner and sampler, float32")
+    ] = 1e-4
+    old: Annotated[float, Field(gt=0.0, description="the same between the policy and what was evaluated as `old`, float32")] = 1e-5
+    reference: Annotated[
+        float, Field(gt=0.0, description="the same between the policy and a reference that is its copy as it starts, float32")
+    ] = 1e-5
+    probability: Annotated[float, Field(gt=0.0, description="mean |probability difference| to any of the three, in bfloat16")] = 5e-3
+    clipped: Annotated[float, Field(ge=0.0, description="share of the batch that the clip cuts, float32")] = 0.0
+
+
 class Run(Section):
     """Where a run lies and how it computes."""
 
