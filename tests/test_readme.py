@@ -24,7 +24,9 @@ from tilt.runs.journal import read_metrics
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCS = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("data", "configuration", "runs", "algorithms")}
+DOCS = {
+    name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("data", "configuration", "runs", "algorithms", "parity")
+}
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +125,13 @@ def test_the_configuration_and_the_rewards_of_the_readme_are_accepted(tmp_path: 
 
 def test_the_settings_are_in_step() -> None:
     assert script("make_configuration").page() == DOCS["configuration"], "run `python docs/make_configuration.py`"
+
+
+def test_the_parity_page_is_in_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("make_parity").rewritten(DOCS["parity"]) == DOCS["parity"], "run `python docs/make_parity.py`"
+    (code,) = blocks(DOCS["parity"], "python")
+    exec(compile(code, "docs/parity.md", "exec"), {})
+    assert capsys.readouterr().out.count("tensor(") == 4
 
 
 def test_the_error_that_the_docs_show_is_the_error(

@@ -31,7 +31,7 @@ def micro_batch(case: Any, quirks: Quirks, row: Any, part: list[int], credit: Wi
 
 def both(case: Any, quirks: Quirks, name: str = "ppo_trl_0_12") -> dict[str, float]:
     row = PRESETS[name].row
-    credit = window_credit(row, case.window, quirks)
+    credit = window_credit(row.credit, case.window, quirks)
     found = rollout_metrics(case.window, credit, KL, STOPS, quirks)
     found |= update_metrics(row, [micro_batch(case, quirks, row, [0, 1], credit)], quirks)
     return {key: value.item() for key, value in found.items()}
@@ -108,8 +108,8 @@ def test_the_clamped_standard_deviation_is_a_trap_in_float32() -> None:
     zero = torch.zeros(7, 1, dtype=torch.float32)
     window = Window(zero, zero, zero, torch.zeros(7, dtype=torch.long), torch.full((7,), 0.3), torch.zeros(7, dtype=torch.long))
     row, quirks = PRESETS["grpo_trl_fork"].row, PRESETS["grpo_trl_fork"].quirks
-    assert window_credit(row, window, quirks).advantages.abs().max() > 0.9
-    assert not window_credit(row, window, CORRECTED).advantages.any()
+    assert window_credit(row.credit, window, quirks).advantages.abs().max() > 0.9
+    assert not window_credit(row.credit, window, CORRECTED).advantages.any()
 
 
 # ------------------------------------------------------------------------------------- the loop over micro-batches
@@ -124,7 +124,7 @@ def over(numbers: list[float]) -> float:
 def test_metrics_of_several_epochs_equal_the_loop(name: str, quirky: bool, padded: Any) -> None:
     preset = PRESETS[name]
     quirks = preset.quirks if quirky else CORRECTED
-    credit = window_credit(preset.row, padded.window, quirks)
+    credit = window_credit(preset.row.credit, padded.window, quirks)
     count, width, product = len(padded.old), padded.width, name.startswith("rloo")
     rng, batches, seen = random.Random(3), [], []
     for epoch in range(2):

@@ -206,7 +206,7 @@ def test_preset_equals_its_loop(name: str, padded: Any, micro: int) -> None:
     (expected.policy + preset.row.value.coefficient * expected.value).backward()
 
     logprobs, values = grid(case.new).requires_grad_(), grid(case.new_value).requires_grad_()
-    credit = window_credit(preset.row, case.window, preset.quirks)
+    credit = window_credit(preset.row.credit, case.window, preset.quirks)
     loss = window_loss(preset.row, case.window, credit, logprobs, values, preset.quirks, micro=micro)
     loss.total.backward()
 
@@ -227,7 +227,7 @@ def test_preset_equals_its_loop(name: str, padded: Any, micro: int) -> None:
 
 def test_whitened_rewards_equal_the_loop(padded: Any) -> None:
     expected = trl_ppo(padded, leaves(padded.new), leaves(padded.new_value), 0, whiten_rewards=True)
-    found = window_credit(TRL.row, padded.window, TRL.quirks, whiten_rewards=True)
+    found = window_credit(TRL.row.credit, padded.window, TRL.quirks, whiten_rewards=True)
     close(found.rewards, expected.rewards)
     close(found.advantages, expected.advantages)
 
@@ -246,7 +246,7 @@ def test_what_lies_behind_an_answer_is_inert(name: str, padded: Any) -> None:
     for change in (lambda x: x, spoilt):
         logprobs, values = change(grid(case.new)).requires_grad_(), change(grid(case.new_value)).requires_grad_()
         made = replace(window, old=change(window.old), reference=change(window.reference), values=change(window.values))
-        loss = window_loss(preset.row, made, window_credit(preset.row, made, preset.quirks), logprobs, values, preset.quirks)
+        loss = window_loss(preset.row, made, window_credit(preset.row.credit, made, preset.quirks), logprobs, values, preset.quirks)
         loss.total.backward()
         found.append((loss.total.detach(), logprobs.grad, torch.zeros(1) if values.grad is None else values.grad))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -260,7 +260,7 @@ EIGHT = 5.1e-9
 
 def digits(case: Any, name: str, quirks: Quirks, **more: object) -> tuple:
     row = PRESETS[name].row
-    credit = window_credit(row, case.window, quirks, **more)  # type: ignore[arg-type]
+    credit = window_credit(row.credit, case.window, quirks, **more)  # type: ignore[arg-type]
     return credit, window_loss(row, case.window, credit, grid(case.new), grid(case.new_value), quirks)
 
 
@@ -333,7 +333,7 @@ def test_placement_of_the_deepspeed_score() -> None:
         ids = torch.tensor([[5] * n + [0] * (5 - n)])
         zero = torch.zeros(1, 5, dtype=torch.float64)
         window = Window(zero, zero, zero, last_action(ids, 0), torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.long))
-        rewards = window_credit(DS.row, window, DS.quirks).rewards
+        rewards = window_credit(DS.row.credit, window, DS.quirks).rewards
         assert rewards[0].nonzero().flatten().tolist() == [action - start]
 
 

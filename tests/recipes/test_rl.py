@@ -464,7 +464,7 @@ def test_overriding_part_of_a_row_from_words(rows, shared):
     )
     config = parse(document.values, rl.Config, document.origins)
     assert config.data.held_out == 0.5 and config.data.source == str(rows)
-    assert rl.resolve(config.algorithm, config.objective)[1].surrogate.high == 0.28
+    assert rl.optimised(config.algorithm, config.objective, {}, 64)[1].surrogate.high == 0.28
 
 
 # --- base models whose padding is their end --------------------------------------------------------------------------------------

@@ -184,12 +184,13 @@ def _dispatch(words: list[str]) -> int:
     if not command or command.startswith("-") or command in _known():
         return app(words, standalone_mode=False) or 0  # typer turns an interrupt into 130
     from tilt.objectives import ALGORITHMS
+    from tilt.parity import PRESETS
 
-    algorithm = command.replace("-", "_")
-    if algorithm not in ALGORITHMS:
+    algorithm, rows = command.replace("-", "_"), [*ALGORITHMS, *PRESETS]
+    if algorithm not in rows:
         from tilt.config import hint
 
-        raise UsageError(f"tilt has no command `{command}`: {hint(command, [*_known(), *(a.replace('_', '-') for a in ALGORITHMS)])}")
+        raise UsageError(f"tilt has no command `{command}`: {hint(command, [*_known(), *(a.replace('_', '-') for a in rows)])}")
     from tilt.cli import recipes
     from tilt.cli.show import show_settings
 

@@ -101,8 +101,9 @@ def _canonical(name: str, document: Document, at: str) -> str:
     if plain in RECIPES or plain in RECIPES.values():
         return RECIPES.get(plain, plain)
     from tilt.objectives import ALGORITHMS
+    from tilt.parity import PRESETS
 
-    if plain in ALGORITHMS:
+    if plain in ALGORITHMS or plain in PRESETS:
         document.values.setdefault("algorithm", plain)
         return RECIPES[trainer(plain)]
     raise UsageError(f"unknown recipe `{name}` ({at}): {hint(name, RECIPES)}")

@@ -58,6 +58,7 @@ def show_algorithms(name: str, words: Sequence[str]) -> None:
     from tilt.config import Document, override
     from tilt.objectives import ALGORITHMS, PREFERENCES
     from tilt.objectives.card import card, compared
+    from tilt.parity import PRESETS, described
     from tilt.recipes import variants
 
     if not name:
@@ -65,6 +66,7 @@ def show_algorithms(name: str, words: Sequence[str]) -> None:
             slots = [f.name for f in fields(next(iter(table.values())))]  # type: ignore[arg-type]
             rows = [[key.replace("_", "-"), *(_cell(slot, getattr(row, slot)) for slot in slots)] for key, row in table.items()]
             _print(_table(("algorithm", *slots), rows), Text(""))
+        _print(Text(f"Rows as other libraries compute them, docs/parity.md: {', '.join(name.replace('_', '-') for name in PRESETS)}\n"))
         _print(Text("`tilt algorithms NAME` shows formulas; `tilt NAME recipe.yaml` trains; `algorithm: file.py:NAME` is one of your own."))
         return
     others, changes = [word for word in words if "=" not in word], [word for word in words if "=" in word]
@@ -75,6 +77,8 @@ def show_algorithms(name: str, words: Sequence[str]) -> None:
 
     def row_of(algorithm: str, changed: bool) -> Any:
         plain = algorithm.replace("-", "_")
+        if plain in PRESETS:
+            return variants.override(PRESETS[plain].row, document.values if changed else {})
         find = variants.resolve_preference if plain in PREFERENCES else variants.resolve
         return find(algorithm, document.values if changed else {})[1]
 
@@ -83,7 +87,9 @@ def show_algorithms(name: str, words: Sequence[str]) -> None:
         _print(_table(("", name, " ".join([others[0], *changes])), differences) if differences else Text("the two cards say the same"))
         return
     row = row_of(name, True)
-    _print(Text(card(row)), *(Text(line) for line in variants.origin(name).lines(row)[1:]))
+    preset = name.replace("-", "_")
+    more = ["", *described(preset, {})] if preset in PRESETS else variants.origin(name).lines(row)[1:]
+    _print(Text(card(row)), *(Text(line) for line in more))
 
 
 def _cell(slot: str, piece: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ class Learner:
         live = movable(experience, objective)
         channels = Channels(experience.layout, batch.sampler.dtype, watch)
         fresh = settings.steps == 1 and not torch.isfinite(experience.signals.old).all()
-        meter, updates, note = Meter(), 0, ""
+        meter, updates, note, parts = Meter(), 0, "", [list[Any]() for _ in objective.measures]
         for part, scale in self._minibatches(live, step):
             if len(part) == 0:
                 self._pass_over(only_critic)
@@ -171,6 +171,8 @@ class Learner:
                 metrics = objective.metrics(said, share)
                 gaps.see(said, share, metrics)
                 meter.add(metrics)
+                for kept, measure in zip(parts, objective.measures, strict=True):
+                    kept.append(measure.part(said, share))
                 meter.add({"loss": (loss.detach() / scale, torch.tensor(len(micro) / int(live.sum())))})
                 channels.put(micro, said, share, objective, scale)
             if updates == 0:
@@ -182,6 +184,8 @@ class Learner:
             updates += 1
         self.version += updates > 0
         found = meter.read() | {"lr": lr, "skipped": float(updates == 0), "sequences/trained": float(live.sum())}
+        for kept, measure in zip(parts, objective.measures, strict=True):
+            found |= {name: float(value) for name, value in measure.update(kept).items()} if kept else {}
         return Report(found, channels.values, live, note)
 
     def _forward(self, small: Pack, objective: Objective, temperature: float) -> Outputs:
@@ -254,7 +258,8 @@ def share_of(whole: Shareable, sequences: Tensor) -> Shareable:
 def movable(experience: Experience, objective: Objective) -> Tensor:
     """Sequences that can move the weights, [S]: with a penalty or a value loss all that weigh anything, else those with an advantage other than 0."""
     layout = experience.layout
-    restless = not isinstance(objective.penalty, NoPenalty) or objective.bonus.coefficient or objective.value.needs or not _rests(objective)
+    moved = not isinstance(objective.penalty, NoPenalty) or objective.bonus.coefficient or objective.value.needs
+    restless = moved or objective.measures or not _rests(objective)
     strength = experience.weights if restless else experience.advantages * experience.weights
     moving = (strength != 0).to(torch.get_default_dtype())
     return torch.zeros(layout.sequences).index_add_(0, layout.sequence, moving) > 0
@@ -311,8 +316,9 @@ def _to(experience: Experience, device: torch.device) -> Experience:
     if device.type == "cpu":
         return experience
     signals = Signals(**{k: v.to(device) for k, v in vars(experience.signals).items()})
-    rest = (experience.advantages, experience.returns, experience.weights, experience.factors)
-    return Experience(experience.layout.to(device), signals, *(x.to(device) for x in rest))
+    per_action = (experience.advantages, experience.returns, experience.weights, experience.factors)
+    advantages, returns, weights, factors = (x.to(device) for x in per_action)
+    return Experience(experience.layout.to(device), signals, advantages, returns, weights, factors, experience.final.to(device))
 
 
 def _culprit(said: Outputs, share: Experience, objective: Objective) -> str:

@@ -18,11 +18,15 @@ NOTHING: frozenset[str] = frozenset()
 
 
 class Credited(NamedTuple):
-    """Advantages and returns per action [A] (returns are the critic's targets, NaN where there are none), and which sequences count [S]."""
+    """Advantages and returns per action [A] (returns are the critic's targets, NaN where there are none), and which sequences count [S].
+
+    `final`: the critic's target after the last action [S], NaN where a sequence has none; empty where there are none at all.
+    """
 
     advantages: PerAction
     returns: PerAction
     counted: SequenceMask
+    final: PerSequence = torch.zeros(0)
 
 
 class Credit(Protocol):

@@ -97,7 +97,10 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Experience:
-    """Ready for the loss: advantages, returns, weights, and factors on the weights of the policy term (A each), fixed on the whole batch before any split."""
+    """Ready for the loss: advantages, returns, weights, and factors on the weights of the policy term (A each), fixed on the whole batch before any split.
+
+    `final` is the critic's target for the state after the last action, [S], NaN where a sequence has none; empty where the credit sets none.
+    """
 
     layout: Layout
     signals: Signals
@@ -105,6 +108,7 @@ class Experience:
     returns: Tensor
     weights: Tensor
     factors: Tensor
+    final: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def take(self, sequences: Tensor) -> Experience:
         """The part of the experience that belongs to these sequences, actions in the order in which the sequences are named."""
@@ -113,5 +117,6 @@ class Experience:
         signals = Signals(
             **{f.name: getattr(self.signals, f.name)[sequences if f.name in per_sequence else actions] for f in fields(Signals)}
         )
-        per_action = (x[actions] for x in (self.advantages, self.returns, self.weights, self.factors))
-        return Experience(self.layout.take(sequences), signals, *per_action)
+        advantages, returns, weights, factors = (x[actions] for x in (self.advantages, self.returns, self.weights, self.factors))
+        final = self.final[sequences] if self.final.numel() else self.final
+        return Experience(self.layout.take(sequences), signals, advantages, returns, weights, factors, final)

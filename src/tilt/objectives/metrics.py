@@ -101,6 +101,7 @@ GLOSSARY: Mapping[str, str] = MappingProxyType(
         "sampler/probability_gap_mean": "Mean |probability under the learner - under the sampler| before the batch's first update. Under 1e-5 in float32, 0.005 in bfloat16; above it read the diagnosis, and at max_mismatch the run stops.",
         "sampler/kept_mean": "Mean number of tokens that a sampled token was chosen among, of those that were not chosen from the whole vocabulary. It falls with the entropy; at 1 there is nothing left to learn from: widen top_k, top_p or min_p, or refresh the mask more often.",
         "pretrain/nll": "Mean negative log-likelihood of the pretraining texts of each step, nats a token, before its coefficient; not part of `loss`. Should not rise; if it does, raise pretrain_coefficient.",
+        "parity/<metric>": "The metric of this name as the library of a parity preset computes it, over padded windows; docs/parity.md. For comparing with its logs: believe the metric without the prefix.",
         "preference/loss": "Mean loss of the pairs, or of labelled answers. log 2 = 0.693 at indifference for logistic rows; should fall on held-out pairs, else stop: it overfits.",
         "preference/accuracy": "Share of pairs whose chosen answer has the larger reward (a tie counts half); of labelled answers, share on the right side of the baseline. Above 0.5; 1.0 in training with 0.6 held out is memorising.",
         "preference/margin": "Mean reward of chosen less rejected. Grows from 0; very large margins mean over-confidence: add label smoothing or stop.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +24,23 @@ Metrics = dict[str, tuple[Tensor, Tensor]]
 """Detached (sum, weight) pairs: pairs of parts add; the metric is sum / weight, and is absent where the weight is 0."""
 
 
+class Measure(Protocol):
+    """Further metrics of a row, which move nothing: of the batch before its update, and of all micro-batches of the update together."""
+
+    def batch(self, rewards: Rewards, signals: Signals, layout: Layout) -> dict[str, Tensor]: ...
+
+    def part(self, outputs: Outputs, experience: Experience) -> Any:
+        """What is remembered of one micro-batch."""
+
+    def update(self, parts: Sequence[Any]) -> dict[str, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Objective:
     """loss = sum_t w_t (c_t (penalty_t - surrogate(ratio, logprobs, advantages)_t - bonus_t) + coefficient * value_t), c_t the product of the corrections.
 
     `prepare` fixes advantages and weights w on the whole batch; the losses of any split into whole sequences then add up to the loss of the batch.
-    `control` gives the row of the next step.
+    `control` gives the row of the next step, `measures` say more of it.
     """
 
     credit: Credit
@@ -39,6 +52,7 @@ class Objective:
     corrections: tuple[Correction, ...] = ()
     bonus: Bonus = field(default_factory=NoBonus)
     control: Control = field(default_factory=NoControl)
+    measures: tuple[Measure, ...] = ()
 
     def __post_init__(self) -> None:
         check_control(self)
@@ -102,14 +116,15 @@ class Objective:
         """Advantages, returns and weights of the whole batch; what does not count has advantage and weight 0."""
         with torch.no_grad():
             quiet_rewards, quiet_signals = settled(rewards, signals, layout)
-            advantages, returns, counted = self.credit(quiet_rewards, quiet_signals, layout)
+            advantages, returns, counted, final = self.credit(quiet_rewards, quiet_signals, layout)
             seen = spread(counted, layout)
             weights = self.average(layout, counted).to(signals.old)
             kept = signals if signals.final.numel() else replace(signals, final=quiet_signals.final)
             factors = torch.ones_like(weights)
             for correction in self.corrections:
                 factors = factors * correction.fixed(quiet_signals, layout, seen).to(weights)
-            return Experience(layout, kept, torch.where(seen, advantages, 0), torch.where(seen, returns, 0), weights, factors)
+            goals = torch.where(counted, final, torch.nan) if final.numel() else final
+            return Experience(layout, kept, torch.where(seen, advantages, 0), torch.where(seen, returns, 0), weights, factors, goals)
 
     def loss(self, outputs: Outputs, experience: Experience) -> Scalar:
         """The part of the batch's loss that these whole sequences contribute; parts add, in value and gradient."""
@@ -150,7 +165,13 @@ class Objective:
         return found
 
     def _value_loss(self, outputs: Outputs, experience: Experience) -> Tensor:
-        return (experience.weights * self.value(outputs.values, experience.signals.values, experience.returns)).sum()
+        """Over the states before actions, and after the last one where it has a target: that state weighs what the last action weighs."""
+        loss = (experience.weights * self.value(outputs.values, experience.signals.values, experience.returns)).sum()
+        if experience.final.numel():
+            known, weights = ~experience.final.isnan(), experience.weights[experience.layout.last]
+            after = (torch.where(known, x, 0) for x in (outputs.final, experience.signals.final, experience.final))
+            loss = loss + torch.where(known, weights * self.value(*after), 0).sum()
+        return loss
 
     @torch.no_grad()
     def metrics(self, outputs: Outputs, experience: Experience) -> Metrics:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tilt.distributions import k3
 from tilt.errors import UsageError
-from tilt.objectives import GAE, K3, Clip, GroupRelative, Layout, NoPenalty, Objective, ProductRatio, Rewards, Signals, TokenRatio
+from tilt.objectives import GAE, K3, Clip, Credit, GroupRelative, Layout, NoPenalty, Objective, ProductRatio, Rewards, Signals, TokenRatio
 from tilt.parity.quirks import CORRECTED, Quirks
 from tilt.parity.window import PerSlot, SlotMask, Window
 from tilt.segments import discounted_sums, group_mean, group_std
@@ -98,13 +98,13 @@ def group_credit(credit: GroupRelative, window: Window, quirks: Quirks = CORRECT
     return WindowCredit(paid, advantages, torch.full_like(advantages, torch.nan), advantages)
 
 
-def window_credit(row: Objective, window: Window, quirks: Quirks = CORRECTED, *, whiten_rewards: bool = False) -> WindowCredit:
-    """The advantages that the row, with these quirks, gives to the slots of a window."""
-    if isinstance(row.credit, GAE):
-        return gae_credit(row.credit, window, quirks, whiten_rewards=whiten_rewards)
-    if isinstance(row.credit, GroupRelative):
-        return group_credit(row.credit, window, quirks)
-    raise UsageError(f"window_credit: {row.credit!r} has no padded form; rows with GAE or GroupRelative have one")
+def window_credit(credit: Credit, window: Window, quirks: Quirks = CORRECTED, *, whiten_rewards: bool = False) -> WindowCredit:
+    """The advantages that a row's credit, with these quirks, gives to the slots of a window."""
+    if isinstance(credit, GAE):
+        return gae_credit(credit, window, quirks, whiten_rewards=whiten_rewards)
+    if isinstance(credit, GroupRelative):
+        return group_credit(credit, window, quirks)
+    raise UsageError(f"window_credit: {credit!r} has no padded form; GAE and GroupRelative have one")
 
 
 def change(window: Window, new: PerSlot) -> PerSlot:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from tilt.errors import UsageError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Quirks:
     """Switches from the corrected mode (all off) to what a padded implementation does; `MEANING` says what each does."""
 
@@ -31,6 +31,9 @@ class Quirks:
             if getattr(self, name) and not self.score_after_last:
                 raise UsageError(f"Quirks: {name} speaks of the slot that score_after_last keeps: switch that on too, or this off")
 
+    def __repr__(self) -> str:
+        return f"Quirks({', '.join(f'{name}=True' for name in self.on)})"
+
     @property
     def on(self) -> tuple[str, ...]:
         """Names of the quirks that are switched on."""
@@ -47,7 +50,7 @@ MEANING: Mapping[str, tuple[str, str]] = MappingProxyType({
                          "the score is paid on the last action, after which the value is 0"),
     "kl_after_last": ("the KL term of the slot after the last action is kept in its reward", "only actions have a KL term"),
     "critic_after_last": ("the critic is trained on the slot after the last action too", "the critic is trained on the states before actions"),
-    "micro_batch_means": ("losses and statistics are means over a micro-batch, averaged with equal weight, whatever number of actions each has",
+    "micro_batch_means": ("losses and statistics are means over a micro-batch, averaged with equal weight, whatever number of actions each has; in a run the statistics alone",
                           "every action of the batch weighs the same, however it is split"),
     "clamped_std": ("group advantages are (R - mean) / max(std, 1e-8): in float32, equal rewards can give advantages near 1",
                     "a group whose rewards are all equal has advantage exactly 0, decided by max = min"),

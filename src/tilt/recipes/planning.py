@@ -22,12 +22,13 @@ from tilt.models.adapters import adapter_off
 from tilt.models.loading import padded_tokenizer
 from tilt.models.policy import Policy, RewardModel
 from tilt.objectives import Objective, card
+from tilt.parity import undressed
 from tilt.recipes import opening
 from tilt.recipes.rehearsal import rehearse
 from tilt.recipes.scoring import scoring
 from tilt.recipes.settings import Run, Training
 from tilt.recipes.trying import sampling_of
-from tilt.recipes.variants import resolve
+from tilt.recipes.variants import optimised
 from tilt.runs.directory import auto_name
 from tilt.runs.text import duration, inert, middle, number
 from tilt.sampling.sampler import Sampler
@@ -104,7 +105,7 @@ def compared_pairs(config: dpo.Config) -> list[str]:
 
 def reinforcement(config: rl_settings.Config) -> list[str]:
     """The plan of reinforcement learning. Without a reward (as in a pipeline, where the stage before makes it) a model of the policy's size stands in."""
-    name, objective = resolve(config.algorithm, config.objective)
+    name, objective = optimised(config.algorithm, config.objective, config.quirks, config.sampling.max_tokens)
     found = _open(config, "prompt")
     shared = bool(objective.value.needs) and config.critic == "shared"
     policy = opening.policy_of(opening.adapted(found.lm, config.lora), found.device, value_head=shared)
@@ -143,7 +144,9 @@ def reinforcement(config: rl_settings.Config) -> list[str]:
         f"if every answer is {longest} tokens long; estimated from {measured.tokens:,} tokens and 8 decoding steps tried here; evaluations come on top",
         *([f"note       {policy.note}"] if policy.note else []),
         "objective  "
-        + card(objective, name=name, samples=config.samples, passes=config.passes, **config.narrowing).replace("\n", "\n           "),
+        + card(undressed(objective), name=name, samples=config.samples, passes=config.passes, **config.narrowing).replace(
+            "\n", "\n           "
+        ),
     ]
 
 

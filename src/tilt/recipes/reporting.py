@@ -95,6 +95,7 @@ def measures(
     meter = Meter()
     meter.add(batch_metrics(rewards, known, batch.layout, kl=getattr(objective.credit, "kl", 0.0)))
     gap = (known.old - batch.sampler).abs()
+    more = {name: float(value) for measure in objective.measures for name, value in measure.batch(rewards, known, batch.layout).items()}
     found = meter.read() | report.metrics
     sizes = batch.kept.sizes[batch.kept.sizes > 0]
     extra = {
@@ -107,7 +108,7 @@ def measures(
         "kl": found.get("objective/kl", math.nan),
         "entropy": found.get("policy/entropy_avg", math.nan),
     }
-    return {name: value for name, value in (found | extra).items() if not math.isnan(value) or name == "reward"}
+    return {name: value for name, value in (found | extra | more).items() if not math.isnan(value) or name == "reward"}
 
 
 def keep_rollouts(

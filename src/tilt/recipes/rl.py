@@ -26,6 +26,7 @@ from tilt.models import compat
 from tilt.models.policy import Policy
 from tilt.objectives import Objective, Signals, card
 from tilt.optim.optimizers import Optimizer
+from tilt.parity import PRESETS, described, undressed
 from tilt.recipes import opening, planning, roles
 from tilt.recipes.companion import companion
 from tilt.recipes.finishing import Result, keeping, saved, write_policy
@@ -35,7 +36,7 @@ from tilt.recipes.rl_settings import Config
 from tilt.recipes.scoring import Scoring, scoring
 from tilt.recipes.stopping import Stopping
 from tilt.recipes.trying import Trial, sampling_of
-from tilt.recipes.variants import origin, resolve
+from tilt.recipes.variants import optimised, origin
 from tilt.runs import checkpoints
 from tilt.runs.directory import RunDirectory
 from tilt.runs.files import atomic_write
@@ -99,7 +100,7 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
             answers = Answers(rollouts, *parts.scoring.judge(rollouts))
         batch = pack(answers.rollouts)
         with clock("evaluate"):
-            signals = ended(learner.evaluate(batch, wanted(objective, config, learner.settings), temperature=temperature))
+            signals = ended(learner.evaluate(batch, wanted(objective, config, learner.settings), temperature=temperature), objective)
         experience = objective.prepare(answers.rewards, signals, batch.layout)
         with clock("update"), keeping(directory, step):
             report = learner.update(
@@ -139,9 +140,9 @@ def averaged(parts: Parts) -> dict[str, float]:
     return {f"ema_{name}": found[name] for name in ("reward", "kl") if name in found}
 
 
-def ended(signals: Signals) -> Signals:
-    """Signals whose value after the last action is 0: an answer's score is its last reward, also where the answer was cut."""
-    return replace(signals, final=torch.zeros_like(signals.final))
+def ended(signals: Signals, objective: Objective) -> Signals:
+    """Signals whose value after the last action is 0, unless the row reads it: an answer's score is its last reward, also where the answer was cut."""
+    return signals if "final" in objective.credit.needs else replace(signals, final=torch.zeros_like(signals.final))
 
 
 def divergence(learner: Learner, temperature: float) -> Callable[[Sequence[Rollout]], float]:
@@ -180,7 +181,7 @@ def run(config: Config) -> Result:
 def _open(config: Config, ending: ExitStack) -> Opened:
     """Everything that a run works with, all that can be refused refused; `ending` closes what is open when the run ends."""
     device = opening.settle(config)
-    name, objective = resolve(config.algorithm, config.objective)
+    name, objective = optimised(config.algorithm, config.objective, config.quirks, config.sampling.max_tokens)
     rows = opening.rows(config.data, "prompt")
     lm, tokenizer, model = opening.language_model(config.model, config.tokenizer, lambda: opening.texts(rows.train), config.seed)
     shared = bool(objective.value.needs) and config.critic == "shared"
@@ -238,8 +239,9 @@ def _learner(
 
 def _described(config: Config, name: str, objective: Objective) -> str:
     """What is optimised, for the run's record: the row, the file it came from, and its card with this run's numbers."""
-    numbers = card(objective, name=name, samples=config.samples, passes=config.passes, **config.narrowing)
-    return "\n".join([*origin(config.algorithm).lines(objective), "", numbers]) + "\n"
+    numbers = card(undressed(objective), name=name, samples=config.samples, passes=config.passes, **config.narrowing)
+    parity = ["", *described(name, config.quirks)] if name in PRESETS else []
+    return "\n".join([*origin(config.algorithm).lines(objective), "", numbers, *parity]) + "\n"
 
 
 def cramped(prompts: Sequence[Prompt], lm: Any, wanted: int) -> list[str]:

@@ -9,14 +9,18 @@ from pydantic import Field, model_validator
 from tilt.objectives import Imitate, Teacher
 from tilt.recipes.settings import Count, Evaluation, Guards, Mask, Reward, Sampling, Texts, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
-from tilt.recipes.variants import resolve
+from tilt.recipes.variants import optimised, preset_settings
 
 
 class Config(Training):
     """Reinforcement learning of a policy from a reward, by any row of the table or one of your own."""
 
-    algorithm: Annotated[str, Field(description="a name of `tilt algorithms`, or file.py:NAME")] = "grpo"
+    algorithm: Annotated[str, Field(description="a name of `tilt algorithms`, a parity preset, or file.py:NAME")] = "grpo"
     objective: Annotated[dict[str, Any], Field(description="slots of the row to change, such as {surrogate: {high: 0.28}}")] = {}
+    quirks: Annotated[
+        dict[str, bool],
+        Field(description="of a parity preset: quirks to switch off or on, such as {score_after_last: false}; docs/parity.md"),
+    ] = {}
     reward: Annotated[Reward, Field(description="file.py:function, a rule, a reward model, or a weighted list of them")]
     measure: Annotated[Reward, Field(description="further rewards that are measured on held-out answers and never trained on")] = None
     missing_stop_penalty: Annotated[float, Field(ge=0.0, description="taken from the reward of an answer that was cut at max_tokens")] = 0.0
@@ -80,9 +84,15 @@ class Config(Training):
     save_every: Annotated[int, Field(ge=0, description="steps between checkpoints; 0 = the last only")] = 0
     rollouts_every: Annotated[int, Field(ge=0, description="steps between stored rollouts; 0 = none")] = 10
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        """A parity preset brings the defaults of its library; what is given stands."""
+        return preset_settings(given)
+
     @model_validator(mode="after")
     def _possible(self) -> Config:
-        name, row = resolve(self.algorithm, self.objective)
+        name, row = optimised(self.algorithm, self.objective, self.quirks, self.sampling.max_tokens)
         problems = row.check(samples=self.samples, passes=self.passes)
         if row.credit == Imitate():
             problems.append(

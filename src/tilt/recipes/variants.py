@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from tilt.config import build_piece, hint
 from tilt.errors import UsageError
 from tilt.objectives import ALGORITHMS, PIECES, PREFERENCES, Objective, Preference
+from tilt.parity import PRESETS, Quirks
 
 R = TypeVar("R", Objective, Preference)
 
@@ -42,6 +43,39 @@ def resolve(algorithm: str, overrides: Mapping[str, Any]) -> tuple[str, Objectiv
     return _resolve(algorithm, overrides, ALGORITHMS, Objective)
 
 
+def optimised(algorithm: str, overrides: Mapping[str, Any], quirks: Mapping[str, bool], longest: int) -> tuple[str, Objective]:
+    """The name and the row of a run whose answers have at most `longest` tokens: as `resolve`, or a parity preset with its quirks, some switched."""
+    name = algorithm.replace("-", "_")
+    if name not in PRESETS:
+        if quirks:
+            raise VariantError(f"`quirks` are of the parity presets {', '.join(PRESETS)}; {algorithm} has none: leave them out")
+        return resolve(algorithm, overrides)
+    known = [f.name for f in fields(Quirks)]
+    wrong = [f"unknown key `quirks.{key}`: {hint(key, known)}" for key in quirks if key not in known]
+    if wrong:
+        raise VariantError("\n".join(wrong))
+    try:
+        return name, PRESETS[name].objective(override(PRESETS[name].row, overrides), longest, quirks)
+    except VariantError:
+        raise
+    except UsageError as error:
+        raise VariantError(f"`{name}`: {error}") from None
+
+
+def preset_settings(given: Any) -> Any:
+    """Settings of a run with those of the parity preset that they name, if any, laid under them."""
+    name = str(given.get("algorithm", "")).replace("-", "_") if isinstance(given, Mapping) else ""
+    return _under(PRESETS[name].settings, given) if name in PRESETS else given
+
+
+def _under(below: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given settings over others: nested ones key by key."""
+    nested = {
+        key: _under(below[key], value) for key, value in given.items() if isinstance(below.get(key), Mapping) and isinstance(value, Mapping)
+    }
+    return {**below, **given, **nested}
+
+
 def resolve_preference(algorithm: str, overrides: Mapping[str, Any]) -> tuple[str, Preference]:
     """The same for rows on pairs: `reward_model`, `dpo`, or `file.py:NAME`."""
     return _resolve(algorithm, overrides, PREFERENCES, Preference)
@@ -54,7 +88,7 @@ def _resolve(algorithm: str, overrides: Mapping[str, Any], table: Mapping[str, R
     if name in table:
         return name, override(table[name], overrides)
     other = next((recipe for recipe, rows in (("rl", ALGORITHMS), ("dpo or rm", PREFERENCES)) if name in rows), None)
-    why = f"it is a row of `tilt {other}`" if other else hint(algorithm, table)
+    why = f"it is a row of `tilt {other}`" if other else hint(algorithm, [*table, *(PRESETS if kind is Objective else ())])
     raise VariantError(f"unknown algorithm `{algorithm}`: {why}\n`tilt algorithms` shows the table; `file.py:NAME` names a row of your own")
 
 
@@ -69,7 +103,7 @@ def origin(algorithm: str) -> Origin:
 
 def override(row: R, overrides: Mapping[str, Any], where: str = "objective") -> R:
     """The row with these slots changed; everything that is wrong at once."""
-    slots = [f.name for f in fields(row)]
+    slots = [f.name for f in fields(row) if f.name in PIECES]
     changed, problems = {}, []
     for slot, value in overrides.items():
         if slot not in slots:

@@ -1,0 +1,35 @@
+"""A preset in words: the quirks it has, those that were switched, its library's defaults, and what a run does differently on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from tilt.parity.presets import PRESETS
+from tilt.parity.quirks import MEANING, Quirks
+
+
+def described(name: str, switched: Mapping[str, bool]) -> list[str]:
+    """Lines for the card of a preset: every quirk, on or off, with what is done and what would be right."""
+    preset = PRESETS[name]
+    quirks = replace(preset.quirks, **switched)
+    lines = [f"parity with {preset.source}"]
+    for f in fields(Quirks):
+        if getattr(preset.quirks, f.name) or f.name in switched:
+            does, right = MEANING[f.name]
+            state = "on " if getattr(quirks, f.name) else "off"
+            lines.append(f"  {state} {f.name}: {does}; corrected: {right}")
+    lines.append(
+        "  defaults: "
+        + ", ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in flat(preset.settings))
+    )
+    return [*lines, *(f"  corrected on purpose: {does} → {right}" for does, right in preset.corrections)]
+
+
+def flat(settings: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    """Settings as (key.sub, value)."""
+    found = []
+    for key, value in settings.items():
+        found += flat(value, f"{above}{key}.") if isinstance(value, Mapping) else [(above + key, value)]
+    return found
