@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 ENV    := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help quickstart test test-all lint format bench clean
+.PHONY: help quickstart test test-all mutants lint format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -19,6 +19,9 @@ test: lint  ## lint, types and the tests
 
 test-all: lint  ## the same with the slow tests
 	$(ENV) $(BIN)/python -m pytest -q -n $(WORKERS)
+
+mutants: $(VENV)/.installed-dev  ## planted faults and mechanical mutants of the mathematics: does a test notice each?
+	$(ENV) $(BIN)/python tests/mutants/run.py --workers $(WORKERS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -52,6 +52,13 @@ def test_k3_keeps_small_differences_in_float32() -> None:
     assert k3(torch.tensor(1e-3)).item() == pytest.approx(4.998e-7, rel=1e-3) and (k3(torch.linspace(-3, 3, 101)) >= 0).all()
 
 
+def test_estimators_never_go_flat() -> None:
+    """Where the policy has drifted far their gradient is largest, not cut: k3 at u = -5 pulls with 1 - e^5, k2 with u."""
+    u = torch.tensor([-5.0, -30.0, 6.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.grad(k3(u).sum(), u)[0].tolist() == pytest.approx([1 - math.exp(-x) for x in u.tolist()])
+    assert torch.autograd.grad(k2(u).sum(), u)[0].tolist() == u.tolist() and torch.autograd.grad(k1(u).sum(), u)[0].tolist() == [1, 1, 1]
+
+
 def test_an_excluded_token_contributes_nothing() -> None:
     logits = torch.tensor([0.0, 0.0, -torch.inf]).requires_grad_()
     found = entropy(logits) + kl(logits, torch.tensor([0.0, 0.0, 1.0]))

@@ -137,3 +137,15 @@ def test_parts_hold_every_sequence_once_within_the_budget(rollouts: list[Rollout
     assert sorted(i for part in parts for i in part.tolist()) == list(range(len(rollouts)))
     for part in parts:
         assert len(made.take(part).tokens) <= budget or len(part) == 1
+
+
+def test_the_budget_counts_each_prompt_once_a_part() -> None:
+    """Prompts of 3 tokens, answers of 2: two answers to one prompt cost 7, to two prompts 10; answers to one prompt stay together where they fit."""
+    made = pack([sampled((5, 5, i), i, (7, END)) for i in (0, 1, 0, 1, 2)])
+    assert [part.tolist() for part in made.split(7)] == [[0, 2], [1, 3], [4]]
+    assert [part.tolist() for part in made.split(9)] == [[0, 2], [1, 3], [4]], "9 tokens hold no answer to a second prompt"
+    assert [part.tolist() for part in made.split(12)] == [[0, 2, 1], [3, 4]]
+    assert [part.tolist() for part in made.split(14)] == [[0, 2, 1, 3], [4]]
+    assert [part.tolist() for part in made.split(4)] == [[0], [2], [1], [3], [4]], "longer than the budget, each is a part of its own"
+    assert [part.tolist() for part in made.split(12, torch.tensor([4, 3, 0]))] == [[0, 3], [4]]
+    assert [part.tolist() for part in pack([sampled((), i, (1, 2, END), (False, True, True)) for i in range(3)]).split(6)] == [[0, 1], [2]]

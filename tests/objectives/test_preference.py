@@ -471,6 +471,14 @@ def test_the_baseline_of_kto_is_never_below_nothing_and_has_no_gradient() -> Non
     )
 
 
+def test_the_weight_of_wpo_has_no_gradient() -> None:
+    confidence = double(0.1, -0.2).requires_grad_()
+    loss = PREFERENCES["wpo"].loss(
+        replace(P, chosen=replace(P.chosen, scores=P.chosen.scores.clone().requires_grad_(), confidence=confidence))
+    )
+    assert torch.autograd.grad(loss, confidence, allow_unused=True) == (None,)
+
+
 # ------------------------------------------------------------------------------------------------ where rows go
 
 

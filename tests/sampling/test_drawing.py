@@ -44,6 +44,14 @@ def test_a_large_vocabulary_keeps_its_rare_tokens() -> None:
     assert (tokens - (u * 100_000).long()).abs().max() <= 1
 
 
+def test_tokens_rarer_than_a_float32_step_have_their_turn() -> None:
+    """A thousand tokens of 1e-9 behind one of nearly 1, in float32: the uniforms between 1 - 1e-6 and 1 reach each of them."""
+    logits = torch.cat([torch.zeros(1), torch.full((1000,), math.log(1e-9))])[None].repeat(9, 1)
+    u = 1 - torch.linspace(0.95e-6, 0.05e-6, 9, dtype=torch.float64)
+    tokens, _ = draw(logits, u, Sampling())
+    assert (tokens - torch.linspace(50, 950, 9)).abs().max() <= 3
+
+
 def test_rows_drawn_in_parts_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, u = rows(23, 11), torch.rand(23, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     whole = drawing.choose(lambda h: h, hidden, 11, u, Sampling())
