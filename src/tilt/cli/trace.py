@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tilt.config import Document, hint, override
+from tilt.config import Document, override
 from tilt.errors import UsageError
 from tilt.inspect.entries import STAGES, Entry
-from tilt.inspect.fixtures import Batch, fixture_f
+from tilt.inspect.fixtures import Batch, fixture_f, fixture_p
+from tilt.inspect.pair_trace import trace_pairs
 from tilt.inspect.stored import check_stored, stored_batch
 from tilt.inspect.trace import batch_entries, examples, trace
-from tilt.objectives import ALGORITHMS, PREFERENCES, Layout, Objective
+from tilt.objectives import PREFERENCES, Layout, Objective, Preference
 from tilt.recipes import variants
 from tilt.runs.text import inert, middle
 
@@ -27,16 +28,21 @@ SHOWN = 16
 
 
 def show_trace(words: Sequence[str], run: str, step: int | None, group: int, json: bool) -> None:
-    """Print one step of each algorithm named: on fixture F (pairs: P), or on a stored batch of a run."""
+    """Print one step of each algorithm named: on fixture F, of rows on pairs on fixture P, or on a stored batch of a run."""
     rows, changes = named(words)
+    if not run and (step is not None or group):
+        raise UsageError("--step and --group choose from a run: name it with --run")
     batch, where = fixture_f(), "fixture F: one prompt, four answers"
     if run:
         batch, number = stored_batch(Path(run), step)
         where = f"step {number} of {run}"
-    elif step is not None or group:
-        raise UsageError("--step and --group choose from a run: name it with --run")
     traced: Traced = {}
     for name, row in rows.items():
+        if isinstance(row, Preference):
+            if run:
+                raise UsageError(f"{name} learns from pairs, and a run of `tilt rl` stores answers: leave --run out")
+            traced[name], where = trace_pairs(row, fixture_p(), name), "fixture P: two pairs"
+            continue
         if run:
             check_stored(row, batch, name, Path(run))
         traced[name] = trace(row, batch) + batch_entries(row, batch) + ([] if run else examples())
@@ -55,20 +61,21 @@ def show_trace(words: Sequence[str], run: str, step: int | None, group: int, jso
         console.print(part)
 
 
-def named(words: Sequence[str]) -> tuple[dict[str, Objective], list[str]]:
-    """The rows that the words name, with every `slot.key=value` among them applied to all."""
+def named(words: Sequence[str]) -> tuple[dict[str, Objective | Preference], list[str]]:
+    """The rows that the words name, with every `slot.key=value` among them applied to all; of one table, since a batch holds answers or pairs."""
     changes = [word for word in words if "=" in word and ".py:" not in word]
     names = list(dict.fromkeys(word for word in words if word not in changes))
     if not names:
         raise UsageError("nothing is named: `tilt trace ppo`, or several side by side: `tilt trace grpo gspo`")
     document = Document()
     override(document, changes)
-    found = {}
+    found: dict[str, Objective | Preference] = {}
     for name in names:
-        if name.replace("-", "_") in PREFERENCES:
-            raise UsageError(f"{name} is a row on pairs: {hint(name, ALGORITHMS)}")
-        plain, row = variants.resolve(name, document.values)
+        find = variants.resolve_preference if name.replace("-", "_") in PREFERENCES else variants.resolve
+        plain, row = find(name, document.values)
         found[plain] = row
+    if len({type(row) for row in found.values()}) > 1:
+        raise UsageError(f"{' and '.join(found)} do not read the same batch: rows on answers and rows on pairs are traced apart")
     return found, changes
 
 
@@ -79,7 +86,7 @@ def _answers(layout: Layout, group: int) -> list[int]:
     return [i for i, prompt in enumerate(layout.prompt.tolist()) if prompt == group]
 
 
-def _head(rows: dict[str, Objective], where: str, batch: Batch, shown: Sequence[int]) -> list[Text]:
+def _head(rows: dict[str, Objective | Preference], where: str, batch: Batch, shown: Sequence[int]) -> list[Text]:
     lines = [f"{' | '.join(rows)} on {where}"]
     lines += [f"  {name}: {row!r}" for name, row in rows.items()]
     lines += [f"  note: {said}" for said in batch.stored]
