@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tilt.objectives import ALGORITHMS, GLOSSARY, PIECES, PREFERENCES
-from tilt.objectives.card import models, unbiased_for, words
+from tilt.objectives.card import clip_level, kl_place, models, unbiased_for, words
 from tilt.objectives.preference_card import consistent_for
 from tilt.objectives.sources import SOURCES
 from tilt.objectives.words import spelled
@@ -24,31 +24,10 @@ def further(row: Any) -> str:
     return "; ".join(f"{slot}: {text}" for slot, text in found if text not in ("", "none")) or "none"
 
 
-def clipped(row: Any) -> str:
-    """At which level the clip acts."""
-    if "old" not in row.ratio.needs or not any(
-        type(p).clipped is not kind for p, kind in ((row.surrogate, _plain(row.surrogate)), (row.ratio, _plain(row.ratio)))
-    ):
-        return "none"
-    return "answer" if row.ratio.per_sequence and type(row.ratio).__name__ != "ClippedGeometricRatio" else "token"
-
-
-def _plain(piece: Any) -> Any:
-    return next(base.clipped for base in type(piece).__mro__ if base.__name__ in ("Surrogate", "Ratio"))
-
-
-def placed(row: Any) -> str:
-    """Where the KL divergence enters."""
-    where = ["reward"] if getattr(row.credit, "kl", 0.0) else []
-    name = type(row.penalty).__name__
-    where += ["step"] if name == "TrustRegion" else ["loss"] if name != "NoPenalty" else []
-    return ", ".join(where) or "none"
-
-
 def algorithm(name: str) -> str:
     row = ALGORITHMS[name]
     cells = [spelled(slot, getattr(row, slot)) for slot in SLOTS] + [further(row), "any" if row.passes is None else str(row.passes)]
-    return f"| `{name}` | " + " | ".join(cells) + f" | {len(models(row))} | {clipped(row)} | {placed(row)} | {SOURCES[name]} |"
+    return f"| `{name}` | " + " | ".join(cells) + f" | {len(models(row))} | {clip_level(row)} | {kl_place(row)} | {SOURCES[name]} |"
 
 
 def preference(name: str) -> str:

@@ -14,10 +14,11 @@ import torch
 from tilt.cli.main import main
 from tilt.inspect import trace as module
 from tilt.inspect.entries import STAGES, Entry, place_of
-from tilt.inspect.fixtures import fixture_f
+from tilt.inspect.fixtures import fixture_f, fixture_p
+from tilt.inspect.pair_trace import trace_pairs
 from tilt.inspect.stored import batch_of, stored_batch
 from tilt.inspect.trace import batch_entries, examples, trace
-from tilt.objectives import ALGORITHMS, GAE, Clip, Importance, Objective, TokenAverage, TokenRatio, TrustRegion
+from tilt.objectives import ALGORITHMS, GAE, PREFERENCES, Clip, Importance, Objective, TokenAverage, TokenRatio, TrustRegion
 from tilt.segments import Layout
 
 TRPO = Objective(GAE(kl=0.05), TokenRatio(), Importance(), TokenAverage(), TrustRegion(0.01))
@@ -72,6 +73,31 @@ def test_golden_number(name: str, number: str) -> None:
     assert (steps(name)[number].value - expected).abs().max() < 5.1e-11, steps(name)[number].value.tolist()
 
 
+PAIRS = {  # algorithms.md, section 7: each loss on fixture P
+    "dpo": [0.649159339, 0.723597113], "cdpo": [0.658159339, 0.717597113], "robust": [0.637909339, 0.731097113], "ipo": [16.81, 31.36],
+    "hinge": [0.91, 1.06], "simpo": [0.644396660, 0.693147181], "fidelity": [0.277168882, 0.303577357], "exo_pair": [0.462432890, 0.544223906],
+    "nca_pair": [1.364250575, 1.401469353], "sppo_hard": [41.41, 56.2], "apo_zero": [0.977503937, 1.014998500], "apo_down": [0.987513842, 1.009995668],
+    "discopop": [0.876373017, 0.801891159], "sigmoid_norm": [0.683197180, 0.706569400], "dpo_forward_kl": [0.645423229, 0.721080883],
+    "dpo_js": [0.670359793, 0.707504977], "dpo_alpha": [0.647699819, 0.722201381],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_golden_number_on_pairs(name: str) -> None:
+    found = {e.name: e.value for e in trace_pairs(PREFERENCES[name], fixture_p(), name)}
+    assert found["loss of each pair"].tolist() == pytest.approx(PAIRS[name], abs=5.1e-10)
+    assert found["loss"].item() == pytest.approx(sum(PAIRS[name]) / 2, abs=5.1e-10)
+
+
+def test_the_trace_of_dpo_on_fixture_p() -> None:
+    found = {e.name: e.value.tolist() for e in trace_pairs(PREFERENCES["dpo"], fixture_p(), "dpo")}
+    assert (
+        found["c"] == pytest.approx([0.4, -0.2]) and found["r"] == pytest.approx([-0.5, 0.4]) and found["h"] == pytest.approx([0.09, -0.06])
+    )
+    share = [0.1 * (1 - p) / 2 for p in found["P(chosen is better)"]]  # beta sigmoid(-h), over two pairs
+    assert found["push of the chosen"] == pytest.approx(share) and found["push of the rejected"] == pytest.approx([-x for x in share])
+
+
 def test_worked_examples_of_the_notes() -> None:
     found = {e.name: e.value for e in examples()}
     assert found["reference of the whole answer"].item() == pytest.approx(-5.156817804274337, abs=1e-14)
@@ -80,6 +106,7 @@ def test_worked_examples_of_the_notes() -> None:
 
 def test_every_function_stands_where_the_trace_says() -> None:
     entries = [e for row in (*ALGORITHMS.values(), TRPO) if row.against == "none" for e in trace(row, fixture_f())] + examples()
+    entries += [e for row in PAIRS for e in trace_pairs(PREFERENCES[row], fixture_p(), row)]
     assert len(entries) > 300 and {e.stage for e in entries} == set(STAGES)
     for e in entries:
         if e.place == "torch":
@@ -138,6 +165,11 @@ def test_json_holds_everything(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_rows_on_pairs_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "dpo", "ipo")
+    assert "fixture P" in text and any("0.649159339  0.7235971" in x and "16.81  31.36" in x for x in text.splitlines())
+
+
 def test_a_slot_can_be_changed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0.106964326378" in shown(capsys, "gspo", "surrogate.low=0.2", "surrogate.high=0.2").partition("the same name")[0]
 
@@ -149,6 +181,10 @@ def test_a_slot_can_be_changed(capsys: pytest.CaptureFixture[str]) -> None:
         (["grpo", "--step", "3"], 2, "--run"),
         (["grpo", "surrogate.lwo=0.2"], 2, "low"),
         (["grpo", "--run", "nowhere"], 3, "holds no rollouts"),
+        (["grpo", "dpo"], 2, "do not read the same batch"),
+        (["dpo", "--run", "nowhere"], 3, "holds no rollouts"),
+        (["kto"], 2, "mismatched"),
+        (["reward_model"], 2, "a reward model's scores"),
     ],
 )  # fmt: skip
 def test_bad_input(words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:

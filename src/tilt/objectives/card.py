@@ -13,7 +13,18 @@ from tilt.objectives.corrections import HighEntropy
 from tilt.objectives.credit import GAE, GroupRelative, Imitate, ProcessRelative, Return, ReturnToGo, Teacher
 from tilt.objectives.objective import Objective
 from tilt.objectives.penalty import K1, K2, K3, ExactKL, NoPenalty, OldKL, TrustRegion
-from tilt.objectives.policy import Importance, PerBudget, ProbabilityScore, ProductRatio, Score, SequenceAverage, TokenAverage
+from tilt.objectives.policy import (
+    ClippedGeometricRatio,
+    Importance,
+    PerBudget,
+    ProbabilityScore,
+    ProductRatio,
+    Ratio,
+    Score,
+    SequenceAverage,
+    Surrogate,
+    TokenAverage,
+)
 from tilt.objectives.preference import Preference
 from tilt.objectives.preferences import PREFERENCES
 from tilt.objectives.words import WORDS, words
@@ -44,15 +55,31 @@ def name_of(objective: Objective | Preference) -> str:
     return next((name for name, row in named.items() if row == objective), "custom")
 
 
-def models(objective: Objective | Preference) -> list[str]:
-    """The models held in training: the policy and what the row compares it with."""
+def models(objective: Objective | Preference, *, ruled: bool = False) -> list[str]:
+    """The models held in training: the policy and what the row compares it with; `ruled`: the reward is a rule, which is no model."""
     if isinstance(objective, Preference):
         return preference_card.models(objective)
     held = ["policy"]
     held += ["teacher" if isinstance(objective.credit, Teacher) else "reference"] if "reference" in objective.needs else []
-    held += [] if objective.credit == Imitate() or isinstance(objective.credit, Teacher) else ["reward model (or a rule)"]
+    held += [] if ruled or objective.credit == Imitate() or isinstance(objective.credit, Teacher) else ["reward model (or a rule)"]
     held += ["critic"] if "values" in objective.needs else []
     return held
+
+
+def clip_level(row: Objective) -> str:
+    """At which level a clip cuts the gradient: of a token, of a whole answer, or none."""
+    plain = [Surrogate.clipped, Ratio.clipped]
+    clips = [getattr(type(piece), "clipped", None) for piece in (row.surrogate, row.ratio)]
+    if "old" not in row.ratio.needs or all(clip is None or clip in plain for clip in clips):
+        return "none"
+    return "answer" if row.ratio.per_sequence and not isinstance(row.ratio, ClippedGeometricRatio) else "token"
+
+
+def kl_place(row: Objective) -> str:
+    """Where a KL divergence enters: the reward, the loss, the step, or nowhere."""
+    where = ["reward"] if getattr(row.credit, "kl", 0.0) else []
+    where += ["step"] if isinstance(row.penalty, TrustRegion) else [] if isinstance(row.penalty, NoPenalty) else ["loss"]
+    return ", ".join(where) or "none"
 
 
 def _rows(objective: Objective, run_numbers: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -63,7 +90,8 @@ def _rows(objective: Objective, run_numbers: Mapping[str, Any]) -> list[tuple[st
         if getattr(objective, f.name) not in ((), NoBonus(), NoControl())
     ]
     rows += [("statistics", _statistics(objective.credit)), ("KL", _kl(objective))]
-    held = models(objective)
+    held = models(objective, ruled=run_numbers.get("reward_models") == 0)
+    rows += [("clip", f"of the {level}" if (level := clip_level(objective)) != "none" else "none"), ("KL in", kl_place(objective))]
     rows += [("models held", f"{len(held)}: {', '.join(held)}"), ("signals", ", ".join(sorted(objective.needs)) or "none")]
     rows.append(("passes", "any number" if objective.passes is None else f"{objective.passes} over fresh samples"))
     rows.append(("unbiased for", unbiased_for(objective)))

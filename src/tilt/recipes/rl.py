@@ -169,7 +169,7 @@ def run(config: Config) -> Result:
         directory, journal = opening.directory(config, "rl", opened.model, config.steps, IMPORTANT, label=label)
         with journal:
             journal.header([f"run        {directory.path}", *opened.lines])
-            atomic_write(directory.path / "objective.txt", _described(config, opened.row, opened.parts.objective))
+            atomic_write(directory.path / "objective.txt", _described(config, opened.row, opened.parts))
             before, after, step = train(config, opened.parts, directory, journal)
             checkpoint = saved(directory, step, opened.parts.write, config.save)
             for line in opened.frozen.verify():
@@ -237,9 +237,10 @@ def _learner(
     )  # fmt: skip
 
 
-def _described(config: Config, name: str, objective: Objective) -> str:
+def _described(config: Config, name: str, parts: Parts) -> str:
     """What is optimised, for the run's record: the row, the file it came from, and its card with this run's numbers."""
-    numbers = card(undressed(objective), name=name, samples=config.samples, passes=config.passes, **config.narrowing)
+    objective, judges = parts.objective, len(parts.scoring.models)
+    numbers = card(undressed(objective), name=name, samples=config.samples, passes=config.passes, reward_models=judges, **config.narrowing)
     parity = ["", *described(name, config.quirks)] if name in PRESETS else []
     return "\n".join([*origin(config.algorithm).lines(objective), "", numbers, *parity]) + "\n"
 
