@@ -177,3 +177,9 @@ def test_no_actions_no_trouble() -> None:
         torch.zeros(0, 4), lambda x: x @ torch.zeros(4, 6), torch.zeros(0, dtype=torch.long), temperature=1, entropy=True, chunk=2
     )
     assert found.shape == surprise.shape == (0,)
+
+
+def test_collision_is_the_chance_that_two_draws_agree() -> None:
+    logits = random(3, 7)
+    torch.testing.assert_close(library.collision(logits), (logits.softmax(-1) ** 2).sum(-1).log(), rtol=0, atol=1e-12)
+    assert library.collision(torch.tensor([1e3, 0.0])).item() == 0 and library.collision(torch.tensor([2.0, -torch.inf])).item() == 0

@@ -36,6 +36,11 @@ def entropy(logits: BatchLogits) -> Batch:
     return logits.logsumexp(-1) - (logits.softmax(-1) * finite).sum(-1)
 
 
+def collision(logits: BatchLogits) -> Batch:
+    """log sum_v p_v^2: the log-probability that two draws agree."""
+    return (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
+
+
 def kl(logits_p: BatchLogits, logits_q: BatchLogits) -> Batch:
     """KL(p || q) = sum_v p_v (log p_v - log q_v), exact; inf where q excludes what p allows."""
     excluded = logits_p == -torch.inf

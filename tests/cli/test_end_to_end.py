@@ -33,6 +33,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     pairs = [{"prompt": f"say {w} {i}", "chosen": f"{w}, gladly", "rejected": f"no {w}"} for i in range(15) for w in words]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     (root / "sft.jsonl").write_text("".join(json.dumps({"prompt": r["prompt"], "completion": r["chosen"]}) + "\n" for r in pairs))
+    labelled = [{"prompt": r["prompt"], "completion": r[side], "label": side == "chosen"} for r in pairs for side in ("chosen", "rejected")]
+    (root / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    ranked = [{"prompt": r["prompt"], "answers": [r["chosen"], "well", r["rejected"]]} for r in pairs]
+    (root / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranked))
     (root / "text.jsonl").write_text("".join(json.dumps({"text": f"{r['prompt']}: {r['chosen']}"}) + "\n" for r in pairs))
     (root / "rewards.py").write_text(REWARD)
     shutil.copy(VARIANT, root / "my_variant.py")
@@ -70,6 +74,8 @@ def opens(folder: Path) -> None:
     ("sft", [*SCRATCH, "data.source=sft.jsonl", "steps=2", "lora.rank=2"]),
     ("rm", [*BASE, "data.source=pairs.jsonl", "steps=2"]),
     ("dpo", [*BASE, "data.source=pairs.jsonl", "steps=2"]),
+    ("kto", [*BASE, "data.source=labelled.jsonl", "steps=2"]),
+    ("rm-deepspeed-chat", [*BASE, "data.source=ranked.jsonl", "steps=2", "batch=4"]),
     ("rl", [*RL, "algorithm=reinforce"]),
     *((name.replace("_", "-"), RL) for name in ("ppo", "grpo", "rloo", "gspo", "reinforce_pp", "dapo")),
 ])  # fmt: skip
@@ -97,7 +103,7 @@ def test_every_command_trains_plans_and_runs_again(place: Path, capsys: pytest.C
     run = place / "runs" / command
     assert "step 2/2" in capsys.readouterr().out
     assert {p.name for p in run.iterdir()} >= {"config.yaml", "env.json", "metrics.jsonl", "log.txt", "rollouts", "checkpoints"}
-    if command != "rm":
+    if not command.startswith("rm"):
         opens(run / "checkpoints" / "step_000002")
     assert main(["run", str(run / "config.yaml"), f"name={command}-again", "--quiet"]) == 0
     assert numbers(run) == numbers(place / "runs" / f"{command}-again") and len(numbers(run)) == 3

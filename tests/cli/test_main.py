@@ -137,6 +137,13 @@ def test_an_algorithm_is_a_command(ran: list[Any], command: str, name: str) -> N
     assert main([command, "--steps", "5", "--quiet"]) == 0 and ran == [ToyConfig(algorithm=name, steps=5, quiet=True)]
 
 
+@pytest.mark.parametrize(
+    "algorithm, command", [("grpo", "rl"), ("kto", "dpo"), ("sigmoid_norm", "dpo"), ("rm_deepspeed_chat", "rm"), ("dop", "")]
+)
+def test_every_row_has_a_command_that_trains_it(algorithm: str, command: str) -> None:
+    assert recipes.trainer(algorithm) == command
+
+
 def test_a_recipe_may_be_named_for_its_algorithm(ran: list[Any], tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("recipe: ppo\n")
     assert main(["run", "a.yaml"]) == 0 and ran == [ToyConfig(algorithm="ppo")]

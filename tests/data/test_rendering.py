@@ -181,6 +181,21 @@ def test_a_pair_shares_its_prompt(bpe: Any) -> None:
     assert pack([chosen, rejected]).layout.prompt.tolist() == [0, 0]
 
 
+def test_judged_rows(bpe: Any) -> None:
+    """A pair, all answers of a ranking from the best, or the one that bears a label; the columns travel with the prompt."""
+    render = renderer(bpe)
+    pair = render.judged({"prompt": "two", "chosen": "four", "rejected": "five", "margin": 2.0}, 3)
+    ranking = render.judged({"prompt": "two", "chosen": "four", "rejected": "six", "ranked_answers": ["four", "five", "six"]}, 4)
+    labelled = render.judged({"prompt": "two", "completion": "four", "label": False}, 5)
+    assert [len(group) for group in (pair, ranking, labelled)] == [2, 3, 1]
+    assert [trained(side, bpe) for side in ranking] == [["four<|end|>"], ["five<|end|>"], ["six<|end|>"]]
+    assert all(side.prompt is group[0].prompt for group in (pair, ranking) for side in group)
+    assert pair[0].prompt.columns["margin"] == 2.0 and labelled[0].prompt.columns["label"] is False
+    short = renderer(bpe, max_tokens=1)
+    with pytest.raises(DataError, match="none of 1 rows fits"):
+        short.judgements([{"prompt": "two", "chosen": "four", "rejected": "five six seven"}])
+
+
 def test_an_answer_of_several_turns_trains_the_assistant_alone(bpe: Any) -> None:
     row = {"prompt": [user("one")], "chosen": [bot("two"), user("three"), bot("four")], "rejected": [bot("none")]}
     chosen, rejected = renderer(bpe).pair(row, 0)

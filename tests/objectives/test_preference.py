@@ -21,6 +21,7 @@ from tilt.objectives import (
     Classifier,
     Confidence,
     Constant,
+    DiscoPop,
     DivergentSpan,
     Even,
     Fidelity,
@@ -150,6 +151,8 @@ def test_spans_of_unequal_length_are_means_of_each_pair() -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     parts = [pairs.take(torch.tensor(part)) for part in ([2, 0], [1])]
     torch.testing.assert_close(sum(row.loss(part) for part in parts), row.loss(pairs), rtol=0, atol=1e-12)
+    torch.testing.assert_close(row.loss(Pairs.join(parts)), row.loss(pairs), rtol=0, atol=1e-12)
+    assert Pairs.join(parts).span.pair.tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 2]
     same = Pairs.of(double(1), double(1), span=Span(double(0.3), double(0.3), torch.tensor([0])))
     assert row.loss(same).item() == pytest.approx(math.log(2)), "answers that never part are compared at their last position"
 
@@ -535,6 +538,19 @@ def test_conservative_minimum() -> None:
     torch.testing.assert_close(Logistic(1.0)(double(1.3), one), Logistic(0.0)(double(-1.3), one))
 
 
+def test_discopop_has_a_hollow_below_nought() -> None:
+    """At temperature .05 the loss falls from h = 0 to a hollow at -.11857 and rises to a hump at .072; above (1 - log 2) / 3 it only falls."""
+    h = torch.linspace(-1, 1, 20001, dtype=torch.float64).requires_grad_()
+    for temperature, turns in ((0.05, [-0.11857, 0.072]), (0.1, [-0.11703, 0.0085]), (0.2, [])):
+        link = DiscoPop(temperature)
+        (slope,) = torch.autograd.grad(link(h, torch.ones_like(h)).sum(), h)
+        found = h.detach()[1:][(slope[1:] > 0) != (slope[:-1] > 0)]
+        assert found.tolist() == pytest.approx(turns, abs=2e-4)
+        assert slope[10000].item() == pytest.approx((1 - math.log(2)) / (4 * temperature) - 0.75, abs=1e-9)
+        assert link.uphill == (slope[10000] > 0)
+    assert "link.temperature above 0.103" in PREFERENCES["discopop"].notes()[0] and DPO.notes() == []
+
+
 def test_wrong_pairs_cost_linearly() -> None:
     assert Logistic()(double(-10, -5), double(1, 1)).tolist() == pytest.approx([10.0000454, 5.0067], abs=5e-5)
 
@@ -658,6 +674,7 @@ def test_metrics() -> None:
     (lambda: Preference(ScoreMargin(), regulariser=ChosenNLL()), "reads the likelihood of answers, and ScoreMargin is a reward model's score"),
     (lambda: Preference(ScoreMargin(), weight=Confidence()), "reads the likelihood of answers, and ScoreMargin is a reward model's score"),
     (lambda: Preference(ImplicitReward(), comparison=DivergentSpan()), "DivergentSpan reads a reward model's score at every position"),
+    (lambda: Preference(ImplicitReward(tail=0.5), Prospect(), comparison=MismatchedKL()), "set the tail of ImplicitReward to 1"),
     (lambda: Robust(0.5), "smoothing=0.5 must lie in [0, .5): where half of the labels are wrong"),
     (lambda: ReverseKL(0.0), "smoothing=0.0 must lie in (0, .5): KL(q || label) is infinite"),
     (lambda: Logistic(1.1), "smoothing=1.1 must lie in [0, 1]"),
@@ -688,6 +705,7 @@ def test_check_says_which_data_serve() -> None:
         "sppo_hard",
     ]
     assert "labelled answers: use a row such as kto" in DPO.check(paired=False)[0]
+    assert "set its tail to 1" in replace(PREFERENCES["apo_zero"], margin=ImplicitReward(tail=0.5)).check(paired=False)[0]
     assert "regulariser and weight" in replace(PREFERENCES["kto"], regulariser=ChosenNLL()).check(paired=False)[0]
     assert "bring margins" in PREFERENCES["kto"].check(margins=True)[0] and "probabilities" in PREFERENCES["aot"].check(probability=True)[0]
     assert "rankings" in PREFERENCES["aot"].check(uneven=True)[0] and DPO.check(uneven=True, margins=True, probability=True) == []

@@ -27,7 +27,8 @@ data = typer.Typer(help="look at data, fetch public sets", rich_markup_mode=None
 app.add_typer(data, name="data")
 
 EPILOG = (
-    "`tilt ppo`, `grpo`, `rloo`, `gspo`, `reinforce-pp` … are `tilt rl` with that algorithm (`tilt algorithms` lists them). "
+    "`tilt ppo`, `grpo`, `rloo`, `gspo`, `reinforce-pp` … are `tilt rl` with that algorithm, `tilt ipo`, `kto`, `simpo`, `orpo` … are `tilt dpo` "
+    "(`tilt algorithms` lists them). "
     "Settings: `tilt sft --help`. Exit codes: 0 done, 1 failed, 2 usage, 3 data, 4 not a number, 130 interrupted."
 )
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -66,7 +67,7 @@ _recipe("run", "any recipe from its file")
 _recipe("pretrain", "next-token training on text")
 _recipe("sft", "supervised fine-tuning on answers")
 _recipe("rm", "a reward model from preferences")
-_recipe("dpo", "direct preference optimisation")
+_recipe("dpo", "preference optimisation without a reward model: DPO and its family")
 _recipe("rl", "reinforcement learning with any algorithm of the table, or one of your own")
 _recipe("rlhf", "SFT → reward model → RL in one directory")
 
@@ -179,27 +180,29 @@ def _known() -> list[str]:
 
 
 def _dispatch(words: list[str]) -> int:
-    """Run a command and return its exit code; the name of an algorithm is `tilt rl` (`tilt sft` for one that imitates) with it; anything else names the nearest command."""
+    """Run a command and return its exit code; the name of an algorithm is `tilt rl`, `sft`, `dpo` or `rm` with it; anything else names the nearest command."""
     command = words[0] if words else ""
     if not command or command.startswith("-") or command in _known():
         return app(words, standalone_mode=False) or 0  # typer turns an interrupt into 130
-    from tilt.objectives import ALGORITHMS
-    from tilt.parity import PRESETS
-
-    algorithm, rows = command.replace("-", "_"), [*ALGORITHMS, *PRESETS]
-    if algorithm not in rows:
-        from tilt.config import hint
-
-        raise UsageError(f"tilt has no command `{command}`: {hint(command, [*_known(), *(a.replace('_', '-') for a in rows)])}")
     from tilt.cli import recipes
     from tilt.cli.show import show_settings
+    from tilt.objectives import ALGORITHMS, PREFERENCES
+    from tilt.parity import PRESETS
 
+    algorithm = command.replace("-", "_")
+    recipe = recipes.trainer(algorithm)
+    if not recipe:
+        from tilt.config import hint
+
+        raise UsageError(
+            f"tilt has no command `{command}`: {hint(command, [*_known(), *(a.replace('_', '-') for a in (*ALGORITHMS, *PRESETS, *PREFERENCES))])}"
+        )
     if "--help" in words[1:]:
-        show_settings(recipes.trainer(algorithm))
+        show_settings(recipe)
         return 0
     flags = {word for word in words[1:] if word in ("--dry-run", "--quiet", "--overwrite")}
     switches = recipes.Switches("--dry-run" in flags, "--quiet" in flags, "--overwrite" in flags)
-    recipes.run(recipes.trainer(algorithm), [word for word in words[1:] if word not in flags], switches, [f"algorithm={algorithm}"])
+    recipes.run(recipe, [word for word in words[1:] if word not in flags], switches, [f"algorithm={algorithm}"])
     return 0
 
 

@@ -96,24 +96,26 @@ def _recipe(command: str, document: Document, files: Sequence[Path]) -> str:
 
 
 def _canonical(name: str, document: Document, at: str) -> str:
-    """`rm` → reward_model; the name of an algorithm means rl with it."""
+    """`rm` → reward_model; the name of an algorithm means the recipe that trains it."""
     plain = name.replace("-", "_")
     if plain in RECIPES or plain in RECIPES.values():
         return RECIPES.get(plain, plain)
-    from tilt.objectives import ALGORITHMS
-    from tilt.parity import PRESETS
-
-    if plain in ALGORITHMS or plain in PRESETS:
+    if recipe := trainer(plain):
         document.values.setdefault("algorithm", plain)
-        return RECIPES[trainer(plain)]
+        return RECIPES[recipe]
     raise UsageError(f"unknown recipe `{name}` ({at}): {hint(name, RECIPES)}")
 
 
 def trainer(algorithm: str) -> str:
-    """The command that trains a row of the table: `sft` where it imitates given answers, else `rl`."""
-    from tilt.objectives import ALGORITHMS, Imitate
+    """The command that trains a row of the tables: grpo → rl, one that imitates given answers → sft, kto → dpo, rm_deepspeed_chat → rm; "" where there is none."""
+    from tilt.objectives import ALGORITHMS, PREFERENCES, Imitate
+    from tilt.parity import PRESETS
 
-    return "sft" if ALGORITHMS[algorithm].credit == Imitate() else "rl"
+    if algorithm in PREFERENCES:
+        return "dpo" if PREFERENCES[algorithm].margin.reads == "likelihood" else "rm"
+    if algorithm in ALGORITHMS and ALGORITHMS[algorithm].credit == Imitate():
+        return "sft"
+    return "rl" if algorithm in ALGORITHMS or algorithm in PRESETS else ""
 
 
 def _agree(preset: Sequence[str], document: Document) -> None:

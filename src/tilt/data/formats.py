@@ -22,7 +22,8 @@ PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}")
 class Dataset:
     """Rows of one canonical kind, how they were read, and what was odd about them.
 
-    text: `text`. prompt: `prompt`. prompt_completion: `prompt, completion`. messages: `messages`. preference: `prompt, chosen, rejected`.
+    text: `text`. prompt: `prompt`. prompt_completion: `prompt, completion`. messages: `messages`. preference: `prompt, chosen, rejected`
+    (and of a ranking `ranked_answers`, best first).
     unpaired: `prompt, completion, label`. A prompt or an answer is a string, or a list of {role, content}; other columns are kept.
     """
 
@@ -44,6 +45,7 @@ NEEDED: dict[Want, tuple[str, ...]] = {
     "sft": ("prompt", "completion"),
     "preference": ("prompt", "chosen", "rejected"),
     "unpaired": ("prompt", "completion", "label"),
+    "judged": ("prompt", "chosen", "rejected"),
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from tilt.data.conversations import Message, plain_text
 from tilt.data.rollouts import Prompt, Rollout
+from tilt.data.shapes import RANKED
 from tilt.data.sources import Row
 from tilt.data.templates import NAMES, chat_template, opens_with_bos
 from tilt.errors import DataError, UsageError
@@ -80,6 +81,13 @@ class Renderer:
         prompt = self._ask(row["prompt"], row, id)
         return self._answered(prompt, row["chosen"], row), self._answered(prompt, row["rejected"], row)
 
+    def judged(self, row: Row, id: int) -> tuple[Rollout, ...]:
+        """The answers that were judged: the chosen and the rejected one, all of a ranking from the best, or the one that bears a label."""
+        if "label" in row and "chosen" not in row:
+            return (self._answered(self._ask(row["prompt"], row, id), row["completion"], row),)
+        prompt = self._ask(row["prompt"], row, id)
+        return tuple(self._answered(prompt, said, row) for said in row.get(RANKED) or (row["chosen"], row["rejected"]))
+
     def text(self, text: str) -> list[int]:
         """The tokens of a plain text, without start or end token."""
         return self._encode(text)
@@ -99,6 +107,10 @@ class Renderer:
 
     def pairs(self, rows: Sequence[Row]) -> list[tuple[Rollout, Rollout]]:
         return self._each(self.pair, rows)
+
+    def judgements(self, rows: Sequence[Row]) -> list[tuple[Rollout, ...]]:
+        """The judged answers of rows; a row of which one answer is too long is left out whole."""
+        return self._each(self.judged, rows)
 
     def _each(self, render: Callable[[Row, int], Made], rows: Sequence[Row]) -> list[Made]:
         made = []

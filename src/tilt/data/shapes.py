@@ -13,7 +13,7 @@ from tilt.data import conversations as talk
 from tilt.data.sources import Row
 from tilt.errors import DataError
 
-Want = Literal["text", "prompt", "sft", "preference", "unpaired"]
+Want = Literal["text", "prompt", "sft", "preference", "unpaired", "judged"]
 Kind = Literal["text", "prompt", "prompt_completion", "messages", "preference", "unpaired"]
 
 
@@ -208,6 +208,18 @@ def _common(chosen: list[talk.Message], rejected: list[talk.Message], reader: Re
     return {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
 
 
+def _ranking(row: Row, number: int, reader: Reader) -> Row:
+    """Answers from the best to the worst: `ranked` holds them all, and the first and the last are the chosen and the rejected one."""
+    given = row["answers"]
+    if not isinstance(given, (list, tuple)) or len(given) < 2:
+        raise DataError(
+            f"{reader.where(number)}: answers must be a list of at least two, from the best to the worst, got {str(given)[:80]}"
+        )
+    sides = [reader.side({"answers": answer}, "answers", number) for answer in given]
+    reader.counts["ranked answers"] += len(sides)
+    return {"prompt": reader.side(row, "prompt", number), "chosen": sides[0], "rejected": sides[-1], RANKED: sides}
+
+
 def _alpaca_pair(row: Row, number: int, reader: Reader) -> Row:
     return {
         "prompt": _alpaca_prompt(row, number, reader),
@@ -286,6 +298,9 @@ def _question(row: Row, number: int, reader: Reader) -> Row:
     return {"prompt": reader.text(row, "question", number), **gold}
 
 
+RANKED = "ranked_answers"
+"""The column that holds all answers of a ranking, best first."""
+
 PAIRS = (
     Shape(("prompt", "chosen", "rejected"), "prompt explicit", "preference", _explicit),
     Shape(("instruction", "chosen", "rejected"), "Alpaca", "preference", _alpaca_pair),
@@ -294,6 +309,7 @@ PAIRS = (
     Shape(("question", "answer_matching_behavior", "answer_not_matching_behavior"), "persona", "preference", _persona),
     Shape(("input", "output_1", "output_2", "label"), "LLMBar", "preference", _llmbar),
     Shape(("chosen", "rejected"), "prompt implicit (longest common prefix)", "preference", _implicit),
+    Shape(("prompt", "answers"), "rankings, best first", "preference", _ranking),
 )
 LABELLED = (
     Shape(("prompt", "completion", "label"), "labelled answers", "unpaired", _unpaired(_prompt_completion)),
@@ -329,4 +345,5 @@ SHAPES: dict[Want, tuple[Shape, ...]] = {
     ),
     "preference": PAIRS,
     "unpaired": LABELLED,
+    "judged": (*PAIRS, *LABELLED),
 }

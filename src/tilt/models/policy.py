@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tilt.data.packing import Pack
-from tilt.distributions import Anchor, score_actions
+from tilt.distributions import Anchor, collision, score_actions
 from tilt.errors import UsageError
 from tilt.models import agreement, compat
 from tilt.models.adapters import plain_copy
@@ -43,6 +43,15 @@ class Policy(nn.Module):
     def before_actions(self, pack: Pack) -> Tensor:
         """Hidden states before the actions, [A, D], without a graph: what an anchor keeps of this policy."""
         return self.hidden(pack)[pack.predictors]
+
+    @torch.no_grad()
+    def collisions(self, pack: Pack) -> Tensor:
+        """log sum_v p(v)^2 before each action, [A]: how likely two draws agree; without a graph."""
+        hidden = self.hidden(pack)[pack.predictors]
+        parts = [
+            collision(logits if logits.dtype == torch.float64 else logits.float()) for logits in map(self.head, hidden.split(self.chunk))
+        ]
+        return torch.cat(parts)
 
     def forward(
         self, pack: Pack, *, temperature: float = 1.0, entropy: bool = False, values: bool = False, against: Anchor | None = None

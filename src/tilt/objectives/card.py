@@ -116,6 +116,7 @@ def _preference_rows(row: Preference) -> list[tuple[str, str]]:
         ("models held", f"{len(held)}: {', '.join(held)}"),
         ("signals", ", ".join(sorted(row.needs)) or "none"),
         ("consistent for", preference_card.consistent_for(row)),
+        *(("note", note) for note in row.notes()),
     ]
 
 

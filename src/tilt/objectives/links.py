@@ -142,13 +142,21 @@ class ReverseKL:
 
 @dataclass(frozen=True)
 class DiscoPop:
-    """(1 - m)(-log sigmoid(h)) + m exp(-h), m = sigmoid(h / temperature): found by search (2406.08414)."""
+    """(1 - m)(-log sigmoid(h)) + m exp(-h), m = sigmoid(h / temperature): found by search (2406.08414).
+
+    Not convex: its slope at h = 0 is (1 - log 2) / (4 temperature) - 3/4, above 0 for small temperatures (`uphill`).
+    """
 
     temperature: float = 0.05
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise UsageError(f"DiscoPop: temperature={self.temperature} must be above 0")
+
+    @property
+    def uphill(self) -> bool:
+        """Whether a margin of 0 is pushed down: there the loss falls towards smaller margins."""
+        return self.temperature < (1 - math.log(2)) / 3
 
     def __call__(self, margin: PerComparison, probability: PerComparison) -> PerComparison:
         return expected(self._certain, margin, probability)

@@ -154,6 +154,12 @@ class Pairs:
             probability=self.probability[chosen], span=span,
         )  # fmt: skip
 
+    def to(self, device: torch.device | str) -> Pairs:
+        sides = (self.chosen, self.rejected, self.mismatched)
+        moved = [Answers(**{f.name: getattr(side, f.name).to(device) for f in fields(side)}) for side in sides]
+        span = Span(*(getattr(self.span, f.name).to(device) for f in fields(self.span)))
+        return Pairs(moved[0], moved[1], self.margins.to(device), self.probability.to(device), moved[2], span, self.paired)
+
     def detach(self) -> Pairs:
         span = Span(self.span.chosen.detach(), self.span.rejected.detach(), self.span.pair)
         return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach(), span=span)

@@ -62,6 +62,10 @@ class Preference:
             )
         if not paired and (type(self.regulariser), type(self.weight)) != (NoRegulariser, Even):
             problems.append("regulariser and weight are those of pairs, and the data are labelled answers: leave both out")
+        if not paired and "heads" in self.needs:
+            problems.append(
+                f"{type(self.margin).__name__} cuts an answer at the length of the other one, and the data are labelled answers: set its tail to 1"
+            )
         for given, what in ((margins, "margins"), (probability, "probabilities of the labels")):
             if given and (self.apart or isinstance(self.comparison, (SortedAnswers, SortedMargins))):
                 problems.append(f"the data bring {what}, which belong to single pairs, and this row has none: drop that column")
@@ -70,6 +74,16 @@ class Preference:
                 f"{type(self.comparison).__name__} counts every pair alike, and rankings of different lengths do not: give each row one pair"
             )
         return problems
+
+    def notes(self) -> list[str]:
+        """What a reader of this row should know although it may run."""
+        if not getattr(self.link, "uphill", False):
+            return []
+        name = type(self.link).__name__
+        return [
+            f"at a margin of 0 the slope of {name} points down, so a policy that starts at its reference first learns the opposite, and may stay there: "
+            "start from one whose margins are positive already (model and reference), or raise link.temperature above 0.103"
+        ]
 
     def each(self, pairs: Pairs) -> PerPair:
         """The loss of each pair, [N]."""
@@ -159,6 +173,10 @@ def _impossible(row: Preference) -> list[str]:
         problems.append(f"{link} judges answers one by one, so the offset {row.margin.offset:g} of {margin} would do nothing: set it to 0")
     if isinstance(row.comparison, (SortedMargins, MismatchedKL)) and "reference" not in row.margin.needs:
         problems.append(f"{comparison} compares with the reference, and {margin} reads none: set margin to implicit_reward")
+    if isinstance(row.comparison, MismatchedKL) and "heads" in row.margin.needs:
+        problems.append(
+            f"{comparison} reads answers that stand in no pair, so they have no other length to be cut at: set the tail of {margin} to 1"
+        )
     if row.margin.reads == "score":
         likely = [piece for piece in (row.regulariser, row.weight) if isinstance(piece, (ChosenNLL, Confidence))]
         problems += [f"{piece!r} reads the likelihood of answers, and {margin} is a reward model's score: leave it out" for piece in likely]

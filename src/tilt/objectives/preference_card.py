@@ -95,7 +95,7 @@ _TARGETS: Mapping[type, Callable[[Any], str]] = {
         else "h = 2 log of the mean root odds: no simple function of p"
     ),
     ReverseKL: lambda p: f"h = (2p - 1) log {(1 - p.smoothing) / p.smoothing:g} as far as several answers allow: bounded",
-    DiscoPop: lambda p: "no closed form: the loss is not convex",
+    DiscoPop: lambda p: "no closed form: the loss is not convex" + (", and falls from h = 0 into a hollow below it" if p.uphill else ""),
     Misorder: lambda p: "the order alone: no finite minimum, h grows without end where p > .5",
     NoiseContrast: lambda p: "reward = log(2w): the level is fixed too",
     Classifier: lambda p: "reward = logit w + baseline",

@@ -1,118 +1,147 @@
-"""Direct preference optimisation: the policy is its own reward model (arXiv 2305.18290)."""
+"""Preference optimisation: the policy is its own reward model (DPO, arXiv 2305.18290, and every row of the second table that reads likelihoods)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from tilt.config import build_piece
 from tilt.data.streams import Stream
-from tilt.learning.pairs import Pair, likelihoods, packed, score_pairs, update_pairs
-from tilt.models import compat
+from tilt.learning.judged import Judged
+from tilt.learning.pairs import Anchors, Likelihoods, measured, read_anchors, update_pairs, whole_batch
+from tilt.learning.reference import move_reference
+from tilt.models.adapters import plain_copy
 from tilt.models.policy import Policy
 from tilt.models.saving import save
-from tilt.objectives import PIECES, PREFERENCES, Answers, Pairs, Preference
+from tilt.objectives import Preference
 from tilt.optim.optimizers import Optimizer
-from tilt.recipes import opening, planning
+from tilt.recipes import judging, opening, planning
 from tilt.recipes.finishing import Result, keeping, saved
 from tilt.recipes.settings import Optimizer as OptimizerSettings
-from tilt.recipes.settings import Training
+from tilt.recipes.settings import ReferenceUpdate, Training
 
 Precision = Callable[[], AbstractContextManager[object]]
 IMPORTANT = ("loss", "accuracy", "margin", "eval/accuracy", "eval/margin", "grad_norm", "lr")
 
 
 class Config(Training):
-    """Direct preference optimisation on pairs; the reference is the policy as it starts."""
+    """Preference optimisation on pairs, rankings or labelled answers, by any row of the table or one of your own; the reference is the policy as it starts."""
 
-    beta: Annotated[float, Field(gt=0.0, description="strength of the tie to the reference")] = 0.1
+    algorithm: Annotated[str, Field(description="a preference row of `tilt algorithms` that reads likelihoods, or file.py:NAME")] = "dpo"
+    objective: Annotated[dict[str, Any], Field(description="slots of the row to change, such as {link: {hinge: {distance: 0.5}}}")] = {}
+    beta: Annotated[float | None, Field(gt=0.0, description="strength of the tie to the reference; without it the row's own")] = None
     label_smoothing: Annotated[
-        float, Field(ge=0.0, lt=0.5, description="share of pairs taken to be labelled the wrong way round (cDPO)")
-    ] = 0.0
-    epochs: Annotated[float, Field(gt=0.0, description="passes over the pairs; `steps` overrides it")] = 1.0
+        float | None, Field(ge=0.0, lt=0.5, description="share of pairs taken to be labelled the wrong way round; without it the row's own")
+    ] = None
+    epochs: Annotated[float, Field(gt=0.0, description="passes over the examples; `steps` overrides it")] = 1.0
     steps: Annotated[int | None, Field(ge=1)] = None
-    batch: Annotated[int, Field(ge=1, description="pairs an optimizer step")] = 32
+    batch: Annotated[int, Field(ge=1, description="examples an optimizer step: pairs, rankings or labelled answers")] = 32
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4, schedule="linear", warmup=10)
     reference: Annotated[str | None, Field(description="another reference; without it the policy as it starts")] = None
+    reference_update: ReferenceUpdate = ReferenceUpdate()
     eval_every: Annotated[int, Field(ge=0, description="steps between evaluations; 0 = before and after only")] = 0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        name, row = self.row()
+        if "reference" not in row.needs:
+            idle = ["reference"] * (self.reference is not None) + ["reference_update"] * (self.reference_update.every > 0)
+            if idle:
+                raise ValueError(
+                    f"{' and '.join(idle)}: without effect, `{name}` reads no reference; leave it out, or choose a row such as dpo"
+                )
+        return self
+
+    def row(self) -> tuple[str, Preference]:
+        """The name and the row that the run optimises."""
+        return judging.row_of(self.algorithm, self.objective, reads="likelihood", beta=self.beta, label_smoothing=self.label_smoothing)
 
 
 def run(config: Config) -> Result:
-    """Score the reference once, train, evaluate on held-out pairs, and save."""
+    """Score the reference once (or each batch, where it moves), train, evaluate on held-out examples, and save."""
     device = opening.settle(config)
-    rows = opening.rows(config.data, "preference")
-    lm, tokenizer, name = opening.language_model(config.model, config.tokenizer, lambda: opening.texts(rows.train), config.seed)
+    name, row = config.row()
+    rows = opening.rows(config.data, judging.want(row))
+    lm, tokenizer, model = opening.language_model(config.model, config.tokenizer, lambda: opening.texts(rows.train), config.seed)
     policy = opening.policy_of(opening.adapted(lm, config.lora), device)
     render = opening.renderer(tokenizer, config.data, lm, rows)
-    train, held = render.pairs(rows.train), render.pairs(rows.held_out) if rows.held_out else []
+    examples = judging.Examples.of(render, rows, row)
+    train, held = examples.train, examples.held
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch))
-    preference = replace(
-        PREFERENCES["dpo"],
-        margin=build_piece({"implicit_reward": {"beta": config.beta}}, PIECES["margin"], where="beta"),
-        link=build_piece({"logistic": {"smoothing": config.label_smoothing}}, PIECES["link"], where="label_smoothing"),
-    )
     precision = opening.precision(config, device)
-    other = None if config.reference is None else opening.other_model(config.reference, tokenizer, device, "reference")
-    anchors, held_anchors = (_anchor(config, policy, other, pairs, precision) if pairs else None for pairs in (train, held))
+    reader = Likelihoods(policy, row.needs)
+    reference = _reference(config, policy, tokenizer, device)
+    anchors = _anchoring(config, row, reference, train, precision)
+    held_anchors = _anchoring(config, row, reference, held, precision)
     numbered = Stream(list(range(len(train))), config.seed)
     optimizer = Optimizer(policy, config.optimizer.settings(), steps)
-    directory, journal = opening.directory(config, "dpo", name, steps, IMPORTANT)
+    directory, journal = opening.directory(config, "dpo", model, steps, IMPORTANT, label=judging.stem(name))
     with journal:
         journal.header(
             [
                 f"run        {directory.path}",
-                opening.headline(name, policy, device, config),
+                opening.headline(model, policy, device, config),
                 *rows.notes,
                 f"           {render.summary()}",
-                f"algorithm  dpo: {preference!r}",
-                f"steps      {steps} of {min(config.batch, len(train))} pairs",
+                *examples.notes,
+                f"algorithm  {name}: {row!r}",
+                f"steps      {steps} of {min(config.batch, len(train))} {judging.unit(train)}",
+                *(f"note       {note}" for note in row.notes()),
             ]
         )
+        judging.describe(directory, config.algorithm, name, row)
         first: dict[str, float] = {}
         for step in range(steps + 1):
-            found = (
-                measure(policy, preference, held, held_anchors, config.micro_tokens, precision)
-                if held_anchors and opening.due(step, steps, config.eval_every)
-                else {}
-            )
+            due = held and opening.due(step, steps, config.eval_every)
+            found = measure(reader, row, held, held_anchors(range(len(held))), config.micro_tokens, precision) if due else {}
             first = found if step == 0 else first
             named = {f"eval/{k}": v for k, v in found.items()}
             if step == steps:
                 journal.step(step, named)
                 break
             began, chosen = perf_counter(), numbered.draw(step, min(config.batch, len(train)))
-            pairs, index = [train[i] for i in chosen], torch.tensor(chosen)
-            assert anchors is not None
+            batch = [train[i] for i in chosen]
             with keeping(directory, step):
-                report = update_pairs(
-                    likelihoods(policy), optimizer, preference, pairs, (anchors[0][index], anchors[1][index]),
-                    micro_tokens=config.micro_tokens, device=device, autocast=precision,
-                )  # fmt: skip
-            journal.step(step, report | {"tokens_per_second": len(packed(pairs).tokens) / (perf_counter() - began)} | named)
+                report, row = update_pairs(
+                    reader, optimizer, row, batch, anchors(chosen), micro_tokens=config.micro_tokens, autocast=precision
+                )
+            if config.reference_update.every and (step + 1) % config.reference_update.every == 0:
+                move_reference(reference, policy, config.reference_update.share)
+            journal.step(step, report | {"tokens_per_second": judging.tokens_of(batch) / (perf_counter() - began)} | named)
         checkpoint = saved(directory, steps, partial(save, policy.lm, tokenizer), config.save)
     return Result(directory, checkpoint, first, found)
 
 
-def _anchor(config: Config, policy: Policy, other: Policy | None, pairs: Sequence[Pair], precision: Precision) -> tuple[Tensor, Tensor]:
-    """Log-probabilities under the reference: another model, or the policy before its first step. They never change, so they are computed once."""
-    return score_pairs(likelihoods(other or policy), pairs, config.micro_tokens, compat.device_of(policy), precision)
+def _reference(config: Config, policy: Policy, tokenizer: Any, device: torch.device) -> Policy:
+    """Who is asked for the reference's log-probabilities: another model, a copy that will move, or the policy itself before its first step."""
+    if config.reference is not None:
+        return opening.other_model(config.reference, tokenizer, device, "reference")
+    return Policy(plain_copy(policy.lm)).requires_grad_(False) if config.reference_update.every else policy
+
+
+def _anchoring(
+    config: Config, row: Preference, reference: Policy, examples: Sequence[Judged], precision: Precision
+) -> Callable[[Sequence[int]], Anchors | None]:
+    """From the numbers of examples to what the reference says of them: read once for all, or anew each time where the reference moves."""
+    reader = Likelihoods(reference, row.needs & {"heads"})
+    if "reference" not in row.needs or not examples:
+        return lambda numbers: None
+    if config.reference_update.every:
+        return lambda numbers: read_anchors(reader, [examples[i] for i in numbers], config.micro_tokens, precision)
+    known = read_anchors(reader, examples, config.micro_tokens, precision)
+    return known.of
 
 
 def measure(
-    policy: Policy, preference: Preference, pairs: Sequence[Pair], anchors: tuple[Tensor, Tensor], micro_tokens: int, precision: Precision
+    reader: Likelihoods, row: Preference, examples: Sequence[Judged], anchors: Anchors | None, micro_tokens: int, precision: Precision
 ) -> dict[str, float]:
-    """Accuracy of the implicit reward, its margin and the loss on pairs that were not trained on."""
-    chosen, rejected = score_pairs(likelihoods(policy), pairs, micro_tokens, compat.device_of(policy), precision)
-    found = preference.metrics(Pairs.of(Answers.of(chosen, reference=anchors[0]), Answers.of(rejected, reference=anchors[1])))
-    return {name.rpartition("/")[2]: float(value / weight) for name, (value, weight) in found.items()}
+    """Accuracy of the row's reward, its margin and the loss on examples that were not trained on."""
+    return measured(row, whole_batch(reader, row, examples, anchors, micro_tokens, precision)[0])
 
 
 def plan(config: Config) -> list[str]:

@@ -17,6 +17,7 @@ from tilt.config import dump
 from tilt.data.formats import Dataset, Want, prompt_text, read
 from tilt.data.rendering import Renderer
 from tilt.data.rendering import renderer as make_renderer
+from tilt.data.shapes import RANKED
 from tilt.data.sources import load as load_rows
 from tilt.data.streams import split
 from tilt.data.tokenizers import train_bpe
@@ -80,11 +81,16 @@ def texts(found: Iterable[Row]) -> Iterable[str]:
     """Every text of the rows, for a tokenizer to be trained on."""
     for row in found:
         for key in ("text", "prompt", "completion", "chosen", "rejected", "messages"):
-            value = row.get(key)
-            if isinstance(value, str):
-                yield value
-            elif isinstance(value, Sequence):
-                yield from (str(m["content"]) for m in value)
+            yield from _texts(row.get(key))
+        for answer in row.get(RANKED, ()):
+            yield from _texts(answer)
+
+
+def _texts(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Sequence):
+        yield from (str(m["content"]) for m in value)
 
 
 def settle(run: Run) -> torch.device:

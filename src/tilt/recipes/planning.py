@@ -17,13 +17,13 @@ from tilt.data.packing import Pack, pack
 from tilt.data.rendering import Renderer, show
 from tilt.data.rollouts import Prompt, Rollout, Sampling
 from tilt.errors import UsageError
-from tilt.learning.pairs import Pair, end_scores, likelihoods, packed
+from tilt.learning.judged import Judged, lay
 from tilt.models.adapters import adapter_off
 from tilt.models.loading import padded_tokenizer
 from tilt.models.policy import Policy, RewardModel
 from tilt.objectives import Objective, card
 from tilt.parity import undressed
-from tilt.recipes import opening
+from tilt.recipes import judging, opening
 from tilt.recipes.rehearsal import rehearse
 from tilt.recipes.scoring import scoring
 from tilt.recipes.settings import Run, Training
@@ -83,24 +83,39 @@ def demonstrations(config: sft.Config) -> list[str]:
 
 def scored_pairs(config: reward_model.Config) -> list[str]:
     """The plan of a reward model."""
-    found = _open(config, "preference")
-    pairs = found.render.pairs(found.rows.train)
+    name, row = config.row()
+    found = _open(config, judging.want(row))
+    examples = judging.Examples.of(found.render, found.rows, row)
     padding = padded_tokenizer(found.tokenizer).pad_token_id
     model = RewardModel.from_policy(opening.policy_of(found.lm, found.device), padding=padding, seed=config.seed)
     opening.adapted(model.model, config.lora)
-    return _paired(config, "rm", found, model, lambda batch: end_scores(model)(batch).sum(), pairs, {})
+    return _judged(
+        config,
+        "rm" if name == "reward_model" else judging.stem(name),
+        found,
+        model,
+        lambda batch: model(batch).sum(),
+        examples,
+        {},
+        card(row, name=name),
+    )
 
 
 def compared_pairs(config: dpo.Config) -> list[str]:
-    """The plan of direct preference optimisation: the reference is read once, before the first step, and not held."""
-    found = _open(config, "preference")
-    pairs = found.render.pairs(found.rows.train)
+    """The plan of preference optimisation: a reference that stays is read once, before the first step, and not held."""
+    name, row = config.row()
+    found = _open(config, judging.want(row))
+    examples = judging.Examples.of(found.render, found.rows, row)
     policy = opening.policy_of(opening.adapted(found.lm, config.lora), found.device)
     with adapter_off(policy.lm) if config.lora is not None else nullcontext():
         held = (
             {} if config.reference is None else {"reference": _parameters(opening.language_model(config.reference, None, tuple, 0)[0])[0]}
         )
-    return _paired(config, "dpo", found, policy, lambda batch: likelihoods(policy)(batch).sum(), pairs, held)
+    if config.reference is None and config.reference_update.every:
+        held = {"reference": _parameters(policy)[0]}
+    return _judged(
+        config, judging.stem(name), found, policy, lambda batch: -policy(batch).logprobs.sum(), examples, held, card(row, name=name)
+    )
 
 
 def reinforcement(config: rl_settings.Config) -> list[str]:
@@ -211,18 +226,31 @@ def _supervised(config: Any, recipe: str, unit: str, found: Opened, policy: Poli
     ]
 
 
-def _paired(
-    config: Any, recipe: str, found: Opened, model: Policy | RewardModel, loss: Callable[[Pack], Tensor], pairs: Sequence[Pair], held: dict[str, int]
+def _judged(
+    config: Any, recipe: str, found: Opened, model: Policy | RewardModel, loss: Callable[[Pack], Tensor], examples: judging.Examples,
+    held: dict[str, int], described: str,
 ) -> list[str]:  # fmt: skip
-    measured = _try(loss, [answer for pair in pairs[: config.batch] for answer in pair], config, found.device, model)
-    titles, tokens = ("chosen, ", "rejected, "), len(packed(pairs).tokens)
+    train = examples.train
+    measured = _try(loss, [answer for example in train[: config.batch] for answer in example.answers], config, found.device, model)
+    tokens = len(lay(train, len(train)).pack.tokens)
     return [
         *_opening(config, recipe, found, model),
-        *_shown([title + show(answer, found.tokenizer) for title, answer in zip(titles, pairs[0], strict=True)]),
-        *_memory(config, model, measured, tokens / len(pairs) * config.batch, held, 0),
-        *_epochs(config, "pairs", len(pairs), tokens, measured),
+        *examples.notes,
+        *_shown([f"{title}, " + show(answer, found.tokenizer) for title, answer in _titled(train)]),
+        *_memory(config, model, measured, tokens / len(train) * config.batch, held, 0),
+        *_epochs(config, judging.unit(train), len(train), tokens, measured),
         *([f"note       {model.note}"] if model.note else []),
+        "objective  " + described.replace("\n", "\n           "),
     ]
+
+
+def _titled(examples: Sequence[Judged]) -> list[tuple[str, Rollout]]:
+    """The answers of the first example and how they were judged; of labelled answers the first two."""
+    if not examples[0].paired:
+        return [("good" if example.good else "bad", example.answers[0]) for example in examples[:2]]
+    answers = examples[0].answers
+    titles = ("chosen", "rejected") if len(answers) == 2 else [f"rank {n}" for n in range(1, len(answers) + 1)]
+    return list(zip(titles, answers, strict=True))
 
 
 def _epochs(config: Any, unit: str, count: int, tokens: int, measured: Measured) -> list[str]:

@@ -202,6 +202,13 @@ class Guards(Section):
     clipped: Annotated[float, Field(ge=0.0, description="share of the batch that the clip cuts, float32")] = 0.0
 
 
+class ReferenceUpdate(Section):
+    """A reference that follows the policy (TR-DPO, arXiv 2404.09656)."""
+
+    every: Annotated[int, Field(ge=0, description="optimizer steps between updates of the reference; 0 = it never moves")] = 0
+    share: Annotated[float, Field(gt=0.0, le=1.0, description="reference ← share · policy + (1 − share) · reference; 1 replaces it")] = 0.6
+
+
 class Run(Section):
     """Where a run lies and how it computes."""
 
