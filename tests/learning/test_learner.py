@@ -11,6 +11,7 @@ from tilt.data.packing import pack
 from tilt.data.rollouts import Prompt, Rollout
 from tilt.data.streams import Stream
 from tilt.learning import learner as module
+from tilt.learning.channels import clip_marks
 from tilt.learning.ema import Ema
 from tilt.learning.guards import Guards, Mismatch
 from tilt.learning.learner import NonFinite, Passes, movable
@@ -175,9 +176,9 @@ def test_clip_marks_tell_which_side_and_what_does_not_bind():
     ones = torch.ones(7)
     share = Experience(Layout.of([7]), Signals.of(torch.zeros(7)), advantages, ones, ones, ones)
     said = Outputs.of(ratio.log())
-    assert module.clip_marks(row, said, share).tolist() == [1, 2, -1, 2, 0, 0, 2]
-    assert not module.clip_marks(ALGORITHMS["rloo"], said, share).any()
-    gmpo = module.clip_marks(ALGORITHMS["gmpo"], Outputs.of(torch.tensor([0.5, 0.5, -0.5, -0.5, 0.3, -0.3, 0.5])), share)
+    assert clip_marks(row, said, share).tolist() == [1, 2, -1, 2, 0, 0, 2]
+    assert not clip_marks(ALGORITHMS["rloo"], said, share).any()
+    gmpo = clip_marks(ALGORITHMS["gmpo"], Outputs.of(torch.tensor([0.5, 0.5, -0.5, -0.5, 0.3, -0.3, 0.5])), share)
     assert gmpo.tolist() == [1, 2, -1, 2, 0, 0, 2], "a ratio that clips by itself"
 
 

@@ -300,6 +300,28 @@ def ppo_dual_clip(case: Any, policy: Rows, values: Rows) -> Tensor:
     return -token_mean(gains) + 0.1 * token_mean(value_rows(case, values, target))
 
 
+def plain_gains(case: Any, policy: Rows, advantages: list[list[float]]) -> Rows:
+    return [
+        [torch.exp(x - o) * a for x, o, a in zip(row, olds, adv, strict=True)]
+        for row, olds, adv in zip(policy, case.old, advantages, strict=True)
+    ]
+
+
+def ppo_kl(case: Any, policy: Rows, values: Rows) -> Tensor:
+    """The penalty is the exact KL(old || policy) of each state, once."""
+    advantages, target = gae_advantages(case, 1.0, 0.95, 0.05)
+    gains = minus(
+        plain_gains(case, policy, whitened(advantages, 1, 1e-8)), [[torch.tensor(k, dtype=torch.float64) for k in row] for row in case.kl]
+    )
+    return -token_mean(gains) + 0.1 * token_mean(value_rows(case, values, target))
+
+
+def trpo(case: Any, policy: Rows, values: Rows) -> Tensor:
+    advantages, target = gae_advantages(case, 1.0, 0.97, 0.0)
+    critic = [[0.5 * (v - g) ** 2 for v, g in zip(row, goals, strict=True)] for row, goals in zip(values, target, strict=True)]
+    return -token_mean(plain_gains(case, policy, whitened(advantages, 1, 1e-8))) + 0.5 * token_mean(critic)
+
+
 def grpo_process(case: Any, policy: Rows, values: Rows) -> Tensor:
     """A step ends where its reward is not 0; rewards of all steps of the group are normalised together."""
     advantages = []
@@ -404,4 +426,5 @@ LOOPS: dict[str, Loop] = {
     "dft": dft, "ppo_sequence": ppo_sequence, "ppo_dual_clip": ppo_dual_clip, "grpo_process": grpo_process, "grpo_unbiased_kl": grpo_unbiased_kl,
     "grpo_two_sided": grpo_two_sided, "grpo_tis": grpo_tis, "decoupled_ppo": decoupled_ppo, "high_entropy": high_entropy, "skywork": skywork,
     "luspo": luspo, "gmpo": gmpo, "vespo": vespo, "distill": distill, "a2c": a2c, "nlpo": nlpo,
+    "ppo_kl": ppo_kl, "trpo": trpo,
 }  # fmt: skip

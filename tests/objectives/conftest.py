@@ -33,9 +33,11 @@ class Case:
     prompt: list[int]
     steps: Ragged = field(default_factory=list)
     entropy: Ragged = field(default_factory=list)
+    kl: Ragged = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.entropy = self.entropy or [[(7 * i + 3 * t) % 11 / 5 for t in range(len(row))] for i, row in enumerate(self.policy)]
+        self.kl = self.kl or [[(5 * i + 2 * t) % 7 / 20 for t in range(len(row))] for i, row in enumerate(self.policy)]
         self.steps = self.steps or [[0.0] * len(row) for row in self.policy]
 
     @property
@@ -53,7 +55,12 @@ class Case:
         )
 
     def outputs(self) -> Outputs:
-        return Outputs.of(flat(self.policy).requires_grad_(), entropy=flat(self.entropy), values=flat(self.new_values).requires_grad_())
+        return Outputs.of(
+            flat(self.policy).requires_grad_(),
+            entropy=flat(self.entropy),
+            kl=flat(self.kl).requires_grad_(),
+            values=flat(self.new_values).requires_grad_(),
+        )
 
 
 def fixture_f() -> Case:

@@ -69,7 +69,7 @@ def test_card_says_what_the_row_computes(row: Any) -> None:
     for f in fields(row):
         piece = getattr(row, f.name)
         assert all(type(each) in WORDS for each in (piece if isinstance(piece, tuple) else (piece,)))
-        assert words(piece) in text or f.name in ("corrections", "bonus", "control")
+        assert words(piece) in text or f.name in ("corrections", "bonus", "control", "measures")
 
 
 def test_card_counts_models_and_shows_run_numbers() -> None:

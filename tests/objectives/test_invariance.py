@@ -26,7 +26,7 @@ def gradients(row: Objective, outputs: Outputs, experience: Experience) -> tuple
 
 def part_of(outputs: Outputs, layout: Layout, sequences: Tensor) -> Outputs:
     actions = layout.actions_of(sequences)
-    return Outputs.of(outputs.logprobs[actions], values=outputs.values[actions], entropy=outputs.entropy[actions])
+    return Outputs.of(outputs.logprobs[actions], values=outputs.values[actions], entropy=outputs.entropy[actions], kl=outputs.kl[actions])
 
 
 @ROWS
@@ -102,7 +102,7 @@ def test_unscored_sequences_do_not_exist(name: str, some: Any) -> None:
         others = {k: more(getattr(some.signals, k)) for k in ("sampler", "reference", "values", "entropy")}
         experience = row.prepare(rewards, Signals.of(more(some.signals.old), **others), layout)
         assert (experience.weights[plain.actions :] == 0).all() and (experience.advantages[plain.actions :] == 0).all()
-        said = Outputs.of(more(outputs.logprobs), entropy=more(outputs.entropy), values=more(outputs.values))
+        said = Outputs.of(more(outputs.logprobs), entropy=more(outputs.entropy), kl=more(outputs.kl), values=more(outputs.values))
         found = gradients(row, said, experience)
         torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-12)
         for now, before in zip(found[1:], whole[1:], strict=True):
@@ -132,7 +132,12 @@ def test_signals_outside_needs_are_never_read(name: str, f: Any) -> None:
     }
     old = f.signals.old if "old" in row.needs else torch.full((10,), NAN, dtype=torch.float64)
     values = f.outputs().values if "values" in row.needs else None
-    outputs = Outputs.of(f.outputs().logprobs, entropy=f.outputs().entropy if row.bonus.coefficient else None, values=values)
+    outputs = Outputs.of(
+        f.outputs().logprobs,
+        entropy=f.outputs().entropy if row.bonus.coefficient else None,
+        kl=f.outputs().kl if row.against == "old" else None,
+        values=values,
+    )
     found = gradients(row, outputs, row.prepare(f.rewards, Signals.of(old, **blank), f.layout))
     whole = gradients(row, f.outputs(), row.prepare(f.rewards, f.signals, f.layout))
     for now, before in zip(found, whole, strict=True):

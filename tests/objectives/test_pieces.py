@@ -269,8 +269,8 @@ def test_impossible_numbers_are_refused_by_name(piece: Any, keys: dict[str, floa
 
 def test_passes() -> None:
     """One pass for a plain score or ratio over fresh samples; any number where a clip, a bounded ratio, a penalty to `old` or a demonstration holds the policy."""
-    one = {"reinforce", "reinforce_rtg", "reinforce_baseline", "a2c", "rloo", "cispo", "distill"}
-    many = {"sft", "raft", "dft", "rloo_clip", "ppo", "nlpo", "reinforce_pp", "grpo", "dapo", "gspo", "gmpo", "sapo", "vespo"}
+    one = {"reinforce", "reinforce_rtg", "reinforce_baseline", "a2c", "trpo", "rloo", "cispo", "distill"}
+    many = {"sft", "raft", "dft", "rloo_clip", "ppo", "nlpo", "ppo_kl", "reinforce_pp", "grpo", "dapo", "gspo", "gmpo", "sapo", "vespo"}
     assert {ALGORITHMS[name].passes for name in one} == {1} and {ALGORITHMS[name].passes for name in many} == {None}
     held = Objective(GroupRelative(), TokenRatio(), Importance(), TokenAverage())
     assert held.passes == 1 and replace(held, penalty=OldKL()).passes is None and replace(held, penalty=TrustRegion()).passes == 1
@@ -281,7 +281,7 @@ def test_passes() -> None:
     [
         ("sft", ""), ("raft", ""), ("reinforce", ""), ("reinforce_baseline", "values"), ("rloo", "old reference"), ("ppo", "old reference values"),
         ("grpo", "old reference"), ("dr_grpo", "old"), ("dapo", "old"), ("grpo_tis", "old sampler"), ("high_entropy", "entropy old"),
-        ("distill", "old reference"), ("grpo_unbiased_kl", "old reference"),
+        ("distill", "old reference"), ("trpo", "old values"), ("ppo_kl", "old reference values"), ("grpo_unbiased_kl", "old reference"),
     ],
 )  # fmt: skip
 def test_needs(name: str, needs: str) -> None:
@@ -297,6 +297,8 @@ def test_rows_that_cannot_mean_what_they_say_are_refused() -> None:
         ({"control": Proportional(), "penalty": NoPenalty()}, "KL divergence"),
         ({"control": EntropyTarget()}, "no entropy bonus"),
         ({"control": Doubling()}, "old_kl"),
+        ({"control": Doubling(), "surrogate": Importance(), "penalty": OldKL(0.0)}, "beta above 0"),
+        ({"control": Proportional(), "surrogate": Importance(), "penalty": OldKL(1.0)}, "KL divergence"),
     ]:
         with pytest.raises(UsageError, match=words):
             replace(grpo, **change)
@@ -348,6 +350,28 @@ def test_factors_leave_the_value_term_alone(f: Any) -> None:
     assert torch.equal(plain.values.grad, masked.values.grad) and not torch.equal(plain.logprobs.grad, masked.logprobs.grad)
 
 
+@pytest.mark.parametrize(
+    ("penalty", "slope", "metric"),
+    [(library.ExactKL(0.3), 0.3, "policy/kl_reference"), (OldKL(2.0), 2.0, "policy/kl_old"), (TrustRegion(), 0.0, "")],
+)
+def test_exact_penalties_take_beta_kl_off_every_action(f: Any, penalty: Any, slope: float, metric: str) -> None:
+    """On fixture F with the token average: the loss grows by beta times the mean KL; a trust region takes nothing."""
+    plain = Objective(GroupRelative(), TokenRatio(), Importance(), TokenAverage())
+    row, outputs = replace(plain, penalty=penalty), f.outputs()
+    experience = row.prepare(f.rewards, f.signals, f.layout)
+    loss = row.loss(outputs, experience)
+    before = plain.loss(outputs, experience).detach()
+    mean = sum(k for line in f.kl for k in line) / 10
+    assert float(loss.detach() - before) == pytest.approx(slope * mean, abs=1e-14)
+    loss.backward()
+    assert (outputs.kl.grad is None and not slope) or outputs.kl.grad.tolist() == pytest.approx([slope / 10] * 10)
+    found = row.metrics(outputs, experience)
+    assert ("policy/penalty_avg" in found) == bool(metric)
+    if metric:
+        total, count = found[metric]
+        assert float(total / count) == pytest.approx(mean) and float(found["policy/penalty_avg"][0]) == pytest.approx(10 * slope * mean)
+
+
 def test_entropy_bonus_raises_entropy(f: Any) -> None:
     row = replace(ALGORITHMS["dapo"], bonus=EntropyBonus(0.25))
     outputs = replace(f.outputs(), entropy=f.outputs().entropy.clone().requires_grad_())
@@ -369,6 +393,28 @@ def test_proportional(kl: float, answers: int, expected: float) -> None:
     row = replace(ALGORITHMS["ppo"], credit=GAE(kl=0.2), control=Proportional())
     found = row.control(row, {"objective/kl": kl, "sequences": answers})
     assert found.credit.kl == pytest.approx(expected, rel=1e-12) and replace(found, credit=row.credit) == row
+
+
+def test_a_controller_can_come_back_from_anywhere() -> None:
+    """Coefficients stay between 1e-10 and 1e10: a thousand steps below the target, or one of more answers than the horizon, switch nothing off."""
+    row = Objective(GroupRelative(), TokenRatio(), Importance(), TokenAverage(), OldKL(1.0), control=Doubling(0.01))
+    low = high = row
+    for _ in range(1100):
+        low, high = low.control(low, {"policy/kl_old": 0.0}), high.control(high, {"policy/kl_old": 1.0})
+    assert low.penalty.beta == 1e-10 and high.penalty.beta == 1e10
+    assert low.control(low, {"policy/kl_old": 1.0}).penalty.beta == 2e-10 and high.control(high, {"policy/kl_old": 0.0}).penalty.beta == 5e9
+    slow = replace(ALGORITHMS["ppo"], credit=GAE(kl=0.2), control=Proportional(horizon=100))
+    assert slow.control(slow, {"objective/kl": 0.0, "sequences": 512}).credit.kl == 1e-10
+
+
+def test_a_step_that_measured_nothing_keeps_the_row() -> None:
+    row = ALGORITHMS["ppo_kl"]
+    still = replace(row, control=library.NoControl())
+    assert row.following({"reward": 1.0}) == row and still.following({"policy/kl_old": 9.0}) == still
+    moved = row.following({"policy/kl_old": 9.0})
+    assert moved == replace(row, penalty=OldKL(2.0)) and moved.credit.kl == 0.05, "the KL in the reward stays"
+    assert row.controlled == {"control/coefficient": 1.0} and ALGORITHMS["ppo"].controlled == {}
+    assert ALGORITHMS["skywork"].controlled == {"control/coefficient": 0.005}
 
 
 def test_entropy_target() -> None:

@@ -42,7 +42,7 @@ def training(lines: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("name", [name for name, row in ALGORITHMS.items() if row.credit != Imitate()])
 def test_every_row_of_the_table_runs(run_rl, run_sft, metrics, name):
     """Rows that imitate given answers are trained by sft; process rewards, of which there are none here, move nothing by themselves."""
-    more = {"mask": {}} if name == "nlpo" else {}
+    more = {"nlpo": {"mask": {}}, "ppo_kl": {"passes": 2}}.get(name, {})
     if name == "distill":
         student = run_sft(steps=1).checkpoint
         more = {"model": str(student), "reference": str(run_sft(model=str(student), steps=6, optimizer={"lr": 1e-2}).checkpoint)}
@@ -51,7 +51,8 @@ def test_every_row_of_the_table_runs(run_rl, run_sft, metrics, name):
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert (lines[0]["grad_norm"] > 0) == (name != "grpo_process") and "eval/reward" in lines[0] and "eval/reward" in lines[2]
-    assert lines[0].get("val/ratio", 1.0) == 1.0 and lines[0].get("val/first_gap", 0.0) == 0.0
+    if name != "ppo_kl":  # which needs two steps
+        assert lines[0].get("val/ratio", 1.0) == 1.0 and lines[0].get("val/first_gap", 0.0) == 0.0
     assert lines[0]["sampler/logprob_gap_max"] < 1e-4
     assert (result.checkpoint / "model.safetensors").exists()
 
@@ -328,6 +329,33 @@ def test_bfloat16_on_a_processor(run_rl, metrics, name):
     assert 0 < lines[0]["sampler/logprob_gap_max"] < 0.1
 
 
+@pytest.mark.parametrize(("beta", "above"), [(1e-2, True), (1e3, False)])
+def test_an_adaptive_penalty_reaches_its_target(run_rl, metrics, beta, above):
+    """KL(old || policy) of a step starts far above its target, or far below; beta is doubled or halved until it stays within a factor of 1.5."""
+    objective = {
+        "penalty": {"old_kl": {"beta": beta}},
+        "control": {"doubling": {"target": 0.02}},
+        "value": "none",
+        "credit": "group_relative",
+    }
+    lines = training(metrics(run_rl(
+        algorithm="ppo_kl", objective=objective, passes=4, steps=40, prompts=8, optimizer={"lr": 2e-2}, rollouts_every=0, save=False
+    )))  # fmt: skip
+    kl, used = [line["policy/kl_old"] for line in lines], [line["control/coefficient"] for line in lines]
+    assert kl[0] > 0.04 if above else kl[0] < 0.005
+    for now, then, distance in zip(used, used[1:], kl, strict=False):
+        assert then == now * (2 if distance > 0.03 else 0.5 if distance < 0.02 / 1.5 else 1)
+    assert 0.02 / 1.5 < sorted(kl[-15:])[7] < 0.03 and 1 < used[-1] < 100, (kl, used)
+
+
+def test_a_trust_region_run_says_what_each_step_did(run_rl, metrics):
+    run = run_rl(algorithm="trpo", lora={"rank": 2}, steps=3, critic_lr=1e-2)
+    lines = training(metrics(run))
+    assert all(0 < line["trpo/kl"] <= 0.01 and line["trpo/improvement"] > 0 and "lr" not in line for line in lines)
+    bare = run_rl(algorithm="trpo", objective={"credit": "group_relative", "value": "none"}, optimizer={"lr": 1e-3})
+    assert "optimizer: without effect, a trust region" in (bare.directory.path / "log.txt").read_text()
+
+
 # --- what is refused, what stops -------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +363,11 @@ def test_bfloat16_on_a_processor(run_rl, metrics, name):
     ("settings", "words"),
     [
         ({"samples": 1}, "samples=1 gives no signal"),
+        ({"algorithm": "ppo_kl"}, "with one optimizer step is the policy itself: set passes to 2"),
+        ({"algorithm": "trpo", "passes": 2}, "one natural step on the whole batch.*set passes to 1"),
+        ({"algorithm": "trpo", "minibatches": 2}, "one natural step on the whole batch; set minibatches to 1"),
+        ({"algorithm": "trpo", "critic": "shared"}, "the critic needs weights of its own"),
+        ({"algorithm": "trpo", "pretrain_data": "texts.txt", "pretrain_coefficient": 1.0}, "follows the surrogate alone"),
         ({"algorithm": "nlpo"}, "nlpo is PPO inside a mask.*set mask to"),
         ({"mask": {"top_p": 1.0}}, "mask.top_p"),
         ({"sampling": {"top_k": 5}}, "top_k in training answers.*Set sampling.keep_sets: true"),
@@ -390,8 +423,8 @@ def test_answers_that_the_context_cuts_are_said(run_rl, metrics):
 def test_a_batch_that_breaks_the_loss_is_kept(run_rl, shared, monkeypatch):
     found = learner.Learner._forward
 
-    def broken(self, small, objective, temperature):
-        said = found(self, small, objective, temperature)
+    def broken(self, small, objective, temperature, anchor):
+        said = found(self, small, objective, temperature, anchor)
         return type(said)(**{**vars(said), "logprobs": said.logprobs * torch.nan}) if self.version == 1 else said
 
     monkeypatch.setattr(learner.Learner, "_forward", broken)

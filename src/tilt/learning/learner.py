@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tilt.data.packing import Pack
-from tilt.errors import NumericError
+from tilt.distributions import Anchor
+from tilt.errors import NumericError, UsageError
+from tilt.learning.anchoring import Remembered, remember
+from tilt.learning.channels import Channels
 from tilt.learning.ema import Ema
 from tilt.learning.guards import STRICT, Explain, Gaps, Guards
 from tilt.learning.meter import Meter
+from tilt.learning.natural import natural_step
 from tilt.learning.pretraining import Pretraining
+from tilt.learning.shares import placed, share_of
 from tilt.models.policy import Critic, Policy
-from tilt.objectives import Experience, Layout, NoPenalty, Objective, Outputs, Signals, TokenRatio
+from tilt.objectives import Experience, NoPenalty, Objective, Outputs, Signals, TrustRegion
 from tilt.optim.optimizers import Optimizer, clip
 
 
@@ -144,10 +150,14 @@ class Learner:
 
         Sequences that cannot move the weights (advantage zero everywhere, no penalty, no value loss) are left out; the denominators keep them.
         A batch of nothing else is skipped. With one optimizer step a batch, `old` is the policy itself and the ratio is exactly 1.
+        A row with a trust region moves the policy by one natural step, in the precision of its weights, instead of an optimizer's.
         Before the first step the guards are looked at; `explain` finds what is to blame where one is broken.
         """
-        settings, lr = self.settings, self.optimizer.lr
+        settings, lr = self.settings, {} if isinstance(objective.penalty, TrustRegion) else {"lr": self.optimizer.lr}
+        self._check(objective)
         live = movable(experience, objective)
+        other = self._remember(batch, live, objective)
+        autocast = nullcontext if isinstance(objective.penalty, TrustRegion) else self.autocast
         channels = Channels(experience.layout, batch.sampler.dtype, watch)
         fresh = settings.steps == 1 and not torch.isfinite(experience.signals.old).all()
         meter, updates, note, parts = Meter(), 0, "", [list[Any]() for _ in objective.measures]
@@ -157,9 +167,10 @@ class Learner:
                 continue
             gaps = Gaps(objective, self.guards, first=self.version == 0)
             for micro in batch.split(settings.micro_tokens, part):
-                small, share = share_of(batch, micro).to(self.device), _to(share_of(experience, micro), self.device)
-                with self.autocast():
-                    said = self._forward(small, objective, temperature)
+                small, share = share_of(batch, micro).to(self.device), placed(share_of(experience, micro), self.device)
+                anchor = None if other is None else other.of(batch.layout.actions_of(micro), self.device)
+                with autocast():
+                    said = self._forward(small, objective, temperature, anchor)
                 if fresh:
                     share = replace(share, signals=replace(share.signals, old=said.logprobs.detach()))
                 loss = objective.loss(said, share) * scale
@@ -180,17 +191,61 @@ class Learner:
                 meter.add(gaps.metrics())
             if self.pretraining is not None and not only_critic:
                 meter.add({"pretrain/nll": (self._pretrain(self.pretraining), torch.ones(()))})
-            self._step(meter, small, only_critic)
+            move = self.optimizer.step
+            if isinstance(objective.penalty, TrustRegion):
+                signals = replace(experience.signals, old=channels.values["first"]) if fresh else experience.signals
+                move = partial(self._natural, meter, batch, replace(experience, signals=signals), objective, part, temperature)
+            self._step(meter, small, only_critic, move)
             updates += 1
         self.version += updates > 0
-        found = meter.read() | {"lr": lr, "skipped": float(updates == 0), "sequences/trained": float(live.sum())}
+        found = meter.read() | lr | {"skipped": float(updates == 0), "sequences/trained": float(live.sum())}
         for kept, measure in zip(parts, objective.measures, strict=True):
             found |= {name: float(value) for name, value in measure.update(kept).items()} if kept else {}
+        if other is not None and objective.against == "old":
+            found |= {"policy/kl_old": self._distance(batch, live, experience, other, temperature)}
         return Report(found, channels.values, live, note)
 
-    def _forward(self, small: Pack, objective: Objective, temperature: float) -> Outputs:
+    def _check(self, objective: Objective) -> None:
+        """Refuse what a natural step cannot be combined with."""
+        if not isinstance(objective.penalty, TrustRegion):
+            return
+        if self.settings.steps > 1:
+            raise UsageError("a trust region takes one natural step on the whole batch: set passes and minibatches to 1")
+        if self.pretraining is not None:
+            raise UsageError(
+                "a natural step follows the surrogate alone: leave pretrain_data and pretrain_coefficient out, or choose a row without trust_region"
+            )
+        if objective.value.needs and self.critic is None:
+            raise UsageError(
+                "a natural step moves the whole policy, so the critic needs weights of its own: set critic to policy or reward_model, not shared"
+            )
+
+    def _remember(self, batch: Pack, live: Tensor, objective: Objective) -> Remembered | None:
+        """The distributions that the penalty compares the policy with, before the batch's first step: the reference's, or the policy's own."""
+        if objective.against == "none" or isinstance(objective.penalty, TrustRegion) or not live.any():
+            return None
+        parts = batch.split(self.settings.micro_tokens, torch.nonzero(live).flatten())
+        with self.autocast():
+            if objective.against == "old":
+                return remember(self.policy, batch, parts, "from", self.device)
+            assert self.reference is not None, "an exact KL with the reference needs one"
+            with self.reference() as anchor:
+                return remember(anchor, batch, parts, "to", self.device)
+
+    @torch.no_grad()
+    def _distance(self, batch: Pack, live: Tensor, experience: Experience, other: Remembered, temperature: float) -> float:
+        """Mean exact KL with what was remembered, at the weights as they are, over the actions that count."""
+        total, count = torch.zeros((), dtype=torch.float64), (experience.weights != 0).sum()
+        for part in batch.split(self.settings.micro_tokens, torch.nonzero(live).flatten()):
+            actions = batch.layout.actions_of(part)
+            with self.autocast():
+                said = self.policy(share_of(batch, part).to(self.device), temperature=temperature, against=other.of(actions, self.device))
+            total += torch.where(experience.weights[actions] != 0, said.kl.cpu(), 0).sum()
+        return float(total / count)
+
+    def _forward(self, small: Pack, objective: Objective, temperature: float, anchor: Anchor | None) -> Outputs:
         values = "values" in objective.needs
-        said: Outputs = self.policy(small, temperature=temperature, entropy=True, values=values and self.critic is None)
+        said: Outputs = self.policy(small, temperature=temperature, entropy=True, values=values and self.critic is None, against=anchor)
         if values and self.critic is not None:
             each, final = self.critic(small)
             said = replace(said, values=each, final=final)
@@ -210,14 +265,14 @@ class Learner:
             for part in torch.randperm(count, generator=generator).tensor_split(settings.minibatches):
                 yield part[live[part]], count / max(1, len(part))
 
-    def _step(self, meter: Meter, small: Pack, only_critic: bool) -> None:
-        """One step of each optimizer, or none where a gradient is not finite."""
+    def _step(self, meter: Meter, small: Pack, only_critic: bool, move: Callable[[], Tensor]) -> None:
+        """Move the policy and step the critic's optimizer, or neither where a gradient is not finite. `move` returns the norm of the policy's gradient."""
         if self.critic_optimizer is not None and not torch.isfinite(clip(self.critic_optimizer.parameters, 0.0)):
             raise NonFinite("the gradient of the critic", small)
         if only_critic:
             self.optimizer.clear()
         else:
-            norm = self.optimizer.step()
+            norm = move()
             if not torch.isfinite(norm):
                 raise NonFinite("the gradient of the policy", small)
             meter.add({"grad_norm": (norm, torch.ones(()))})
@@ -225,6 +280,28 @@ class Learner:
                 self.ema.follow()
         if self.critic_optimizer is not None:
             meter.add({"critic/grad_norm": (self.critic_optimizer.step(), torch.ones(()))})
+
+    def _natural(
+        self, meter: Meter, batch: Pack, experience: Experience, objective: Objective, sequences: Tensor, temperature: float
+    ) -> Tensor:
+        """A natural step inside the row's trust region in place of the optimizer's; returns the norm of the gradient, and moves nothing where that is not finite."""
+        optimizer = self.optimizer
+        norm = clip(optimizer.parameters, 0.0)
+        if torch.isfinite(norm):
+            taken = natural_step(
+                self.policy, optimizer.parameters, objective, batch, experience, sequences, temperature=temperature,
+                micro_tokens=self.settings.micro_tokens, device=self.device,
+            )  # fmt: skip
+            optimizer.steps += 1
+            found = {
+                "kl": taken.kl,
+                "improvement": taken.improvement,
+                "backtracks": taken.tried - taken.accepted,
+                "cg_residual": taken.residual,
+            }
+            meter.add({f"trpo/{name}": (torch.tensor(float(value)), torch.ones(())) for name, value in found.items()})
+        optimizer.clear()
+        return norm
 
     def _pretrain(self, given: Pretraining) -> Tensor:
         """Add the gradient of the texts' loss; their mean negative log-likelihood, nats a token."""
@@ -244,15 +321,6 @@ class Learner:
         for optimizer in (None if only_critic else self.optimizer, self.critic_optimizer):
             if optimizer is not None:
                 optimizer.steps += 1
-
-
-Shareable = TypeVar("Shareable", Pack, Experience)
-
-
-def share_of(whole: Shareable, sequences: Tensor) -> Shareable:
-    """`whole.take(sequences)`, or the whole itself where these are all its sequences in order."""
-    count = whole.layout.sequences
-    return whole if len(sequences) == count and torch.equal(sequences, torch.arange(count)) else whole.take(sequences)
 
 
 def movable(experience: Experience, objective: Objective) -> Tensor:
@@ -275,58 +343,17 @@ def _rests(objective: Objective) -> bool:
     return all(slope is None or not slope.any() for slope in found)
 
 
-class Channels:
-    """Per-action values of the micro-batches that held each action: `first` of its first visit, the others of its last, kept where they are wanted."""
-
-    def __init__(self, layout: Layout, dtype: torch.dtype, watch: bool) -> None:
-        self.layout, self.watch = layout, watch
-        names = ("first", "new", "entropy", "ratio", "clip", "push") if watch else ("first",)
-        self.values = {name: torch.full((layout.actions,), float("nan"), dtype=dtype) for name in names}
-
-    @torch.no_grad()
-    def put(self, sequences: Tensor, said: Outputs, share: Experience, objective: Objective, scale: float) -> None:
-        actions, new = self.layout.actions_of(sequences), said.logprobs.detach()
-        seen = self.values["first"][actions]
-        self.values["first"][actions] = torch.where(seen.isnan(), new.to(seen), seen)
-        if not self.watch:
-            return
-        kind = objective.ratio if "old" in objective.ratio.needs else TokenRatio()
-        ratio = kind(new, share.signals.old, share.layout, share.advantages).detach()
-        grad = said.logprobs.grad
-        found = {
-            "new": new, "entropy": said.entropy.detach(), "ratio": ratio, "clip": clip_marks(objective, said, share),
-            "push": torch.zeros_like(new) if grad is None else -grad / scale,
-        }  # fmt: skip
-        for name, value in found.items():
-            self.values[name][actions] = value.to(self.values[name])
-
-
-def clip_marks(objective: Objective, said: Outputs, share: Experience) -> Tensor:
-    """+1 where a ratio is cut for being too high, -1 too low, 2 where it would be for another sign of the advantage, else 0."""
-    low, high = objective.clip_sides(said, share)
-    outside = torch.zeros_like(low)
-    for sign in (1.0, -1.0):
-        outside = outside | torch.stack(objective.clip_sides(said, replace(share, advantages=torch.full_like(share.advantages, sign)))).any(
-            0
-        )
-    return high.to(said.logprobs) - low.to(said.logprobs) + 2 * (outside & ~low & ~high).to(said.logprobs)
-
-
-def _to(experience: Experience, device: torch.device) -> Experience:
-    if device.type == "cpu":
-        return experience
-    signals = Signals(**{k: v.to(device) for k, v in vars(experience.signals).items()})
-    per_action = (experience.advantages, experience.returns, experience.weights, experience.factors)
-    advantages, returns, weights, factors = (x.to(device) for x in per_action)
-    return Experience(experience.layout.to(device), signals, advantages, returns, weights, factors, experience.final.to(device))
-
-
 def _culprit(said: Outputs, share: Experience, objective: Objective) -> str:
     """The first term that is not finite, in the order in which the loss is made."""
     seen, signals = share.weights != 0, share.signals
     asked = objective.needs
     terms = {"the policy's log-probabilities": said.logprobs, "the weights": share.weights}
     terms |= {"the reference's log-probabilities": signals.reference} if "reference" in asked else {}
+    terms |= (
+        {f"the exact KL with the {objective.against} policy": said.kl}
+        if objective.against != "none" and not isinstance(objective.penalty, TrustRegion)
+        else {}
+    )
     terms |= {"the critic's values": said.values, "the critic's values before the update": signals.values} if "values" in asked else {}
     terms |= {"the old log-probabilities": signals.old} if "old" in asked else {}
     for name, value in (terms | {"the advantages": share.advantages}).items():

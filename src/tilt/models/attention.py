@@ -5,12 +5,15 @@ It is registered with transformers as "tilt". The packing travels as a `layout=`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from tilt.data.packing import Segments
@@ -68,6 +71,13 @@ def attention(
 
 AttentionInterface.register(NAME, attention)
 # No mask function beside it: for an attention without one, transformers builds no mask and searches the positions for no packed sequences.
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Inside, attention is computed from plain operations, whose gradients have gradients; the fused kernels have none."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @dataclass(frozen=True)

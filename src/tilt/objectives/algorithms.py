@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from math import inf
 from types import MappingProxyType
 
-from tilt.objectives.control import EntropyBonus, EntropyTarget
+from tilt.objectives.control import Doubling, EntropyBonus, EntropyTarget
 from tilt.objectives.corrections import HighEntropy, TruncatedImportance
 from tilt.objectives.credit import GAE, GroupRelative, Imitate, ProcessRelative, Return, ReturnToGo, Teacher
 from tilt.objectives.objective import Objective
-from tilt.objectives.penalty import K2, K3, NoPenalty
+from tilt.objectives.penalty import K2, K3, NoPenalty, OldKL, TrustRegion
 from tilt.objectives.policy import (
     CappedScore,
     Clip,
@@ -52,6 +52,8 @@ ALGORITHMS: Mapping[str, Objective] = MappingProxyType({
     "ppo_sequence":          Objective(GAE(kl=0.05, whitened=False),              TokenRatio(),               Clip(0.2, 0.2),         SequenceAverage(), NoPenalty(),               ValueLoss(0.1, 0.2)),
     "ppo_dual_clip":         Objective(CRITIC,                                    TokenRatio(),               TwoSided(0.2, 0.2, 3),  TokenAverage(),    NoPenalty(),               ValueLoss(0.1, 0.2)),
     "nlpo":                  Objective(GAE(0.99, 0.95, kl=0.1),                   TokenRatio(),               Clip(0.2, 0.2),         TokenAverage(),    NoPenalty(),               ValueLoss(1.0)),
+    "ppo_kl":                Objective(CRITIC,                                    TokenRatio(),               Importance(),           TokenAverage(),    OldKL(1.0),                ValueLoss(0.1, 0.2),                          control=Doubling(0.01)),
+    "trpo":                  Objective(GAE(lam=0.97),                             TokenRatio(),               Importance(),           TokenAverage(),    TrustRegion(0.01),         ValueLoss(0.5)),
     "reinforce_pp":          Objective(ReturnToGo(kl=0.01, whitened=True),        TokenRatio(),               Clip(0.2, 0.2),         TokenAverage()),
     "reinforce_pp_baseline": Objective(GroupRelative("mean", "whitened", ddof=0), TokenRatio(),               Clip(0.2, 0.2),         TokenAverage(),    K2(0.01)),
     "grpo":                  Objective(GROUP,                                     TokenRatio(),               Clip(0.2, 0.2),         SequenceAverage(), K3(0.04)),

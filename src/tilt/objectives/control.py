@@ -11,6 +11,7 @@ import torch
 from tilt.errors import UsageError
 from tilt.objectives.credit import check_not_negative, check_positive
 from tilt.objectives.experience import Outputs
+from tilt.objectives.penalty import OldKL
 from tilt.shapes import PerAction
 
 if TYPE_CHECKING:
@@ -68,18 +69,19 @@ class NoControl(Control):
 
 @dataclass(frozen=True)
 class Doubling(Control):
-    """beta doubles where the step's KL(old || policy) exceeds 1.5 target and halves where it is under target / 1.5 (1707.06347, section 4)."""
+    """The penalty's beta doubles where the step's KL(old || policy) exceeds 1.5 target and halves where it is under target / 1.5 (1707.06347, section 4)."""
 
     target: float = 0.01
     reads: ClassVar[tuple[str, ...]] = ("policy/kl_old",)
-    moves: ClassVar[str] = "kl"
+    moves: ClassVar[str] = "beta"
 
     def __post_init__(self) -> None:
         check_positive(self, target=self.target)
 
     def __call__(self, objective: Objective, measured: Mapping[str, float]) -> Objective:
         kl = measured[self.reads[0]]
-        return with_kl(objective, kl_coefficient(objective) * (2.0 if kl > 1.5 * self.target else 0.5 if kl < self.target / 1.5 else 1.0))
+        factor = 2.0 if kl > 1.5 * self.target else 0.5 if kl < self.target / 1.5 else 1.0
+        return replace(objective, penalty=_with(objective.penalty, beta=_bounded(coefficient(objective) * factor)))
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,12 @@ class Proportional(Control):
     def __call__(self, objective: Objective, measured: Mapping[str, float]) -> Objective:
         kl, answers = (measured[name] for name in self.reads)
         off = max(-self.limit, min(self.limit, kl / self.target - 1))
-        return with_kl(objective, kl_coefficient(objective) * max(0.0, 1 + off * answers / self.horizon))
+        return with_kl(objective, _bounded(coefficient(objective) * (1 + off * answers / self.horizon)))
+
+
+def _bounded(coefficient: float) -> float:
+    """Within 1e-10 and 1e10: neither 0, from which no factor leads back, nor infinite."""
+    return min(1e10, max(1e-10, coefficient))
 
 
 @dataclass(frozen=True)
@@ -120,13 +127,20 @@ class EntropyTarget(Control):
         return replace(objective, bonus=replace(objective.bonus, coefficient=min(self.most, max(0.0, moved))))
 
 
+def coefficient(objective: Objective) -> float:
+    """What the row's controller moves: the KL divergence's coefficient, the penalty's beta or the entropy's coefficient."""
+    held = {"kl": kl_coefficient(objective), "beta": float(getattr(objective.penalty, "beta", 0.0)), "entropy": objective.bonus.coefficient}
+    return held[objective.control.moves]
+
+
 def kl_coefficient(objective: Objective) -> float:
-    """What the row multiplies the KL divergence with: `kl` of its credit, else `beta` of its penalty; 0 where it has neither."""
-    return float(getattr(objective.credit, "kl", 0.0) or getattr(objective.penalty, "beta", 0.0))
+    """What the row multiplies the divergence from the reference with: `kl` of its credit, else `beta` of its penalty; 0 where it has neither."""
+    beta = getattr(objective.penalty, "beta", 0.0) if getattr(objective.penalty, "against", "none") != "old" else 0.0
+    return float(getattr(objective.credit, "kl", 0.0) or beta)
 
 
 def with_kl(objective: Objective, coefficient: float) -> Objective:
-    """The row with another coefficient of the KL divergence."""
+    """The row with another coefficient of the divergence from the reference."""
     if getattr(objective.credit, "kl", 0.0):
         return replace(objective, credit=_with(objective.credit, kl=coefficient))
     return replace(objective, penalty=_with(objective.penalty, beta=coefficient))
@@ -149,5 +163,5 @@ def check_control(objective: Objective) -> None:
         raise UsageError(f"{name} moves the coefficient of a KL divergence, and this row has none above 0: set credit.kl or a penalty")
     if moves == "entropy" and not isinstance(objective.bonus, EntropyBonus):
         raise UsageError(f"{name} moves the coefficient of the entropy, and this row has no entropy bonus: set bonus to entropy")
-    if isinstance(objective.control, Doubling) and getattr(objective.penalty, "against", "none") != "old":
-        raise UsageError("Doubling measures KL(old || policy), which only the penalty old_kl computes: set penalty to old_kl")
+    if moves == "beta" and not (isinstance(objective.penalty, OldKL) and objective.penalty.beta > 0):
+        raise UsageError(f"{name} measures KL(old || policy) and moves its beta: set penalty to old_kl, with a beta above 0")

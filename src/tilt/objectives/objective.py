@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tilt.errors import UsageError
-from tilt.objectives.control import Bonus, Control, NoBonus, NoControl, check_control
+from tilt.objectives.control import Bonus, Control, NoBonus, NoControl, check_control, coefficient
 from tilt.objectives.corrections import Correction
 from tilt.objectives.credit import Credit, Imitate, settled
 from tilt.objectives.experience import Experience, Outputs, Rewards, Signals
@@ -85,6 +85,15 @@ class Objective:
         held = self.against == "old" or getattr(self.ratio, "bounded", False)
         return None if isinstance(self.credit, Imitate) or held else getattr(self.surrogate, "passes", None)
 
+    def following(self, measured: Mapping[str, float]) -> Objective:
+        """The row of the next step; a step that did not measure what the controller reads keeps this one."""
+        return self.control(self, measured) if all(name in measured for name in getattr(self.control, "reads", ())) else self
+
+    @property
+    def controlled(self) -> dict[str, float]:
+        """The coefficient that the controller moves, as a metric; nothing without a controller."""
+        return {"control/coefficient": coefficient(self)} if getattr(self.control, "moves", "") else {}
+
     def check(self, samples: int, passes: int) -> list[str]:
         """Why this row cannot run with so many samples a prompt and passes over a batch, in the user's words; empty when it can."""
         problems = []
@@ -92,7 +101,9 @@ class Objective:
             problems.append(
                 f"{self.credit!r} compares the answers to one prompt, so samples={samples} gives no signal: set samples to 2 or more"
             )
-        if self.passes is not None and passes > self.passes:
+        if isinstance(self.penalty, TrustRegion) and passes > 1:
+            problems.append(f"{self.penalty!r} takes one natural step on the whole batch, not passes={passes}: set passes to 1")
+        elif self.passes is not None and passes > self.passes:
             problems.append(
                 f"{self.surrogate!r} is right for {self.passes} pass over fresh samples, not passes={passes}: "
                 f"set passes to {self.passes}, or choose a surrogate with a clipped ratio (clip)"

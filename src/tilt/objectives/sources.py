@@ -14,6 +14,8 @@ SOURCES: Mapping[str, str] = MappingProxyType({
     "reinforce_baseline": "Williams 1992; critic as baseline",
     "a2c": "A2C, [1602.01783](https://arxiv.org/abs/1602.01783); on language models with the numbers of RL4LMs, [2210.01241](https://arxiv.org/abs/2210.01241)",
     "nlpo": "NLPO, [2210.01241](https://arxiv.org/abs/2210.01241): PPO with the numbers of RL4LMs, inside a `mask`",
+    "ppo_kl": "PPO with an adaptive penalty on KL(old \\|\\| policy), [1707.06347](https://arxiv.org/abs/1707.06347), section 4; two or more optimizer steps a batch",
+    "trpo": "TRPO, [1502.05477](https://arxiv.org/abs/1502.05477): a natural step of KL(old \\|\\| policy) at most 0.01, with a line search",
     "rloo": "RLOO, [2402.14740](https://arxiv.org/abs/2402.14740)",
     "rloo_clip": "RLOO with a clipped ratio of whole answers, as in TRL 0.12.1; more than one pass",
     "ppo": "PPO, [1707.06347](https://arxiv.org/abs/1707.06347); for language models [2203.02155](https://arxiv.org/abs/2203.02155)",

@@ -128,7 +128,7 @@ WORDS: Mapping[type, Callable[[Any], str]] = {
     NoBonus: lambda p: "none",
     EntropyBonus: lambda p: f"{p.coefficient:g} entropy_t",
     NoControl: lambda p: "none",
-    Doubling: lambda p: f"the KL coefficient doubles where KL(old || policy) > 1.5 * {p.target:g} and halves where it is < {p.target:g} / 1.5",
+    Doubling: lambda p: f"beta of the penalty doubles where KL(old || policy) > 1.5 * {p.target:g} and halves where it is < {p.target:g} / 1.5",
     Proportional: lambda p: f"the KL coefficient grows by clip(KL / {p.target:g} - 1, -{p.limit:g}, {p.limit:g}) n / {p.horizon:g} after n answers",
     EntropyTarget: lambda p: f"the entropy coefficient rises by {p.step:g} where the entropy is < {p.target:g}, else falls by it",
     **PREFERENCE_WORDS,

@@ -57,7 +57,7 @@ class Recorder:
         self.answers, self.skipped = self.answers + count, self.skipped + report.skipped
         metrics = measures(objective, answers.rewards, experience.signals, batch, answers.rollouts, report)
         metrics |= self.scoring.metrics() | clock.read(batch.layout.actions)
-        counts = {"episode": self.answers, "eps": count / metrics["time/step"], "skipped/total": self.skipped}
+        counts = {"episode": self.answers, "eps": count / metrics["time/step"], "skipped/total": self.skipped} | objective.controlled
         self.journal.step(step, metrics | counts | evaluated(seen))
         if report.note:
             self.journal.note(f"guards     {report.note}")

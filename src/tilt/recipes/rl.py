@@ -24,7 +24,7 @@ from tilt.learning.learner import Learner, Passes
 from tilt.learning.pretraining import Pretraining
 from tilt.models import compat
 from tilt.models.policy import Policy
-from tilt.objectives import Objective, Signals, card
+from tilt.objectives import Objective, Signals, TrustRegion, card
 from tilt.optim.optimizers import Optimizer
 from tilt.parity import PRESETS, described, undressed
 from tilt.recipes import opening, planning, roles
@@ -110,6 +110,7 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
         with clock("publish"):
             sampler.load(learner.policy)
         metrics, taken = recorder.write(step, objective, answers, batch, experience, report, clock, seen), step + 1
+        objective = objective.following(metrics | {"sequences": len(rollouts)})
         if why := stopping.reason(metrics):
             journal.note(f"stopped at step {step}: {why}")
             break
@@ -257,6 +258,8 @@ def notes(config: Config, policy: Policy, objective: Objective) -> list[str]:
     """What a reader of the run should know although it may run, settings of a critic that the row does not have among them."""
     idle = [key for key in ("critic", "critic_lr", "critic_warmup") if getattr(config, key) != type(config).model_fields[key].default]
     unused = [f"{', '.join(idle)}: without effect, this row has no critic"] if idle and not objective.value.needs else []
+    if isinstance(objective.penalty, TrustRegion) and not objective.value.needs and "optimizer" in config.model_fields_set:
+        unused.append("optimizer: without effect, a trust region sets the length of its own step and this row has no critic")
     return [*([policy.note] if policy.note else []), *objective.notes(), *unused]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tilt.objectives import Imitate, Teacher
+from tilt.objectives import Imitate, Objective, Teacher, TrustRegion
 from tilt.recipes.settings import Count, Evaluation, Guards, Mask, Reward, Sampling, Texts, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.variants import optimised, preset_settings
@@ -102,7 +102,9 @@ class Config(Training):
             problems.append(
                 f"algorithm {name} learns from a teacher, and without one the policy is compared with itself: set reference to the teacher's path"
             )
-        if row.passes is not None and self.minibatches > 1 and self.passes * self.minibatches > row.passes:
+        if row.against == "old":
+            problems += self._beside_old(row)
+        elif row.passes is not None and self.minibatches > 1 and self.passes * self.minibatches > row.passes:
             problems.append(
                 f"minibatches {self.minibatches}: {type(row.surrogate).__name__} has no ratio to correct for the steps in between; set minibatches to 1"
             )
@@ -123,6 +125,24 @@ class Config(Training):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _beside_old(self, row: Objective) -> list[str]:
+        """What does not go with a trust region or a penalty to the old policy."""
+        if not isinstance(row.penalty, TrustRegion):
+            still = f"{row.penalty!r} compares with the policy before a batch's first step, which with one optimizer step is the policy itself: set passes to 2 or more"
+            return [still] if self.passes * self.minibatches == 1 else []
+        problems = []
+        if self.minibatches > 1:
+            problems.append(
+                f"minibatches {self.minibatches}: {row.penalty!r} takes one natural step on the whole batch; set minibatches to 1"
+            )
+        if self.pretrain_data is not None:
+            problems.append("pretrain_data: a natural step follows the surrogate alone; leave it and pretrain_coefficient out")
+        if row.value.needs and self.critic == "shared":
+            problems.append(
+                "critic shared: a natural step moves the whole policy, so the critic needs weights of its own; set critic to policy"
+            )
+        return problems
 
     @property
     def narrowing(self) -> dict[str, str]:
