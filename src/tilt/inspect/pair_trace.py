@@ -12,7 +12,7 @@ from tilt.objectives import Answers, Pairs, Preference
 from tilt.objectives.card import words
 
 KNOWN = frozenset({"reference", "heads"})
-LIKELIHOOD = "tilt.learning.pairs:likelihoods"
+LIKELIHOOD = "tilt.learning.pairs:Likelihoods.__call__"
 
 
 def answers(sums: Tensor, reference: Tensor, lengths: Tensor, other: Tensor) -> Answers:
