@@ -244,9 +244,21 @@ def test_a_live_batch_is_what_the_run_trained(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_row_that_reads_what_was_not_stored_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tilt.errors import UsageError
-    from tilt.inspect.stored import check_stored
+    from tilt.inspect.stored import check_readable
 
     batch = batch_of([row(0, 1.0, [-1.0], [-1.0]), row(0, 0.0, [-1.0], [-1.0])])
-    check_stored(ALGORITHMS["dapo"], batch, "dapo", tmp_path)
-    with pytest.raises(UsageError, match="reference_logprobs and value"):
-        check_stored(ALGORITHMS["ppo"], batch, "ppo", tmp_path)
+    check_readable(ALGORITHMS["dapo"], batch, "dapo", "here")
+    with pytest.raises(UsageError, match="reference's log-probabilities and a critic's values, and here has none"):
+        check_readable(ALGORITHMS["ppo"], batch, "ppo", "here")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_row_is_traced_or_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """On fixture F every number is finite; a row that reads entropies or whole distributions says so."""
+    row = ALGORITHMS[name]
+    vocabulary = "entropy" in row.needs or row.bonus.coefficient or (row.against != "none" and not isinstance(row.penalty, TrustRegion))
+    code = main(["trace", name, "--json"])
+    assert code == (2 if vocabulary else 0)
+    if not vocabulary:
+        text = capsys.readouterr().out
+        assert "NaN" not in text and "Infinity" not in text

@@ -16,7 +16,7 @@ from tilt.errors import UsageError
 from tilt.inspect.entries import STAGES, Entry
 from tilt.inspect.fixtures import Batch, fixture_f, fixture_p
 from tilt.inspect.pair_trace import trace_pairs
-from tilt.inspect.stored import check_stored, stored_batch
+from tilt.inspect.stored import check_readable, stored_batch
 from tilt.inspect.trace import batch_entries, examples, trace
 from tilt.objectives import PREFERENCES, Layout, Objective, Preference
 from tilt.recipes import variants
@@ -43,8 +43,7 @@ def show_trace(words: Sequence[str], run: str, step: int | None, group: int, jso
                 raise UsageError(f"{name} learns from pairs, and a run of `tilt rl` stores answers: leave --run out")
             traced[name], where = trace_pairs(row, fixture_p(), name), "fixture P: two pairs"
             continue
-        if run:
-            check_stored(row, batch, name, Path(run))
+        check_readable(row, batch, name, where)
         traced[name] = trace(row, batch) + batch_entries(row, batch) + ([] if run else examples())
     if json:
         print(

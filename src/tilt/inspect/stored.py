@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tilt.errors import DataError, UsageError
 from tilt.inspect.fixtures import Batch
-from tilt.objectives import Layout, Objective, Outputs, Rewards, Signals
+from tilt.objectives import Layout, Objective, Outputs, Rewards, Signals, TrustRegion
 from tilt.runs import rollout_store
 
 HALF = "log-probabilities are stored in half precision: differences of them are good to about 1e-3"
@@ -51,7 +51,9 @@ def batch_of(rows: list[dict[str, Any]]) -> Batch:
         said.append("answers that the update left out are shown with policy = old")
     return Batch(
         Rewards.of(reward, scored=~reward.isnan(), actions=layout.actions), signals, layout,
-        Outputs.of(policy.requires_grad_(), values=values.clone().requires_grad_(), sequences=layout.sequences),
+        Outputs.of(
+            policy.requires_grad_(), values=values.clone().requires_grad_(), entropy=_channel(rows, "entropy", layout), sequences=layout.sequences
+        ),
         [row["completion"] for row in rows], said,
     )  # fmt: skip
 
@@ -68,15 +70,19 @@ def _channel(rows: list[dict[str, Any]], name: str, layout: Layout) -> Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
-STORED: Mapping[str, str] = {"reference": "reference_logprobs", "values": "value", "sampler": "sampler_logprobs", "entropy": "entropy"}
+MISSING: Mapping[str, str] = {
+    "reference": "the reference's log-probabilities", "values": "a critic's values", "sampler": "the sampler's log-probabilities", "entropy": "entropies",
+}  # fmt: skip
 
 
-def check_stored(row: Objective, batch: Batch, name: str, run: Path) -> None:
-    """Refuse a row that reads what the run did not store."""
-    missing = [STORED[need] for need in sorted(row.needs & STORED.keys()) if getattr(batch.signals, need).isnan().all()]
-    if row.against != "none":
+def check_readable(row: Objective, batch: Batch, name: str, where: str) -> None:
+    """Refuse a row that reads what the batch has not."""
+    missing = [text for need, text in MISSING.items() if need in row.needs and getattr(batch.signals, need).isnan().all()]
+    if row.bonus.coefficient and batch.outputs.entropy.isnan().all():
+        missing.append("entropies")
+    if row.against != "none" and not isinstance(row.penalty, TrustRegion):
         missing.append("distributions over the whole vocabulary")
     if missing:
         raise UsageError(
-            f"{name} reads {' and '.join(missing)}, which {run} did not store: trace a run of {name}, or another algorithm on this one"
+            f"{name} reads {' and '.join(dict.fromkeys(missing))}, and {where} has none: trace a run of {name} (--run), or another algorithm here"
         )
