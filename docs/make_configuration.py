@@ -13,7 +13,7 @@ MARK = "<!-- below: written by docs/make_configuration.py -->\n"
 def tables() -> str:
     """One table for what all training recipes share, then one for each recipe with what is its own."""
     found = {command: settings(command) for command in RECIPES}
-    trainers = [command for command in RECIPES if command not in ("rlhf", "quickstart")]
+    trainers = [command for command in RECIPES if command not in ("rank", "rlhf", "quickstart")]
     shared = [row for row in found["sft"] if all(row in found[command] for command in trainers)]
     parts = ["## Settings of every training recipe (`pretrain sft rm dpo rl`)\n", table(shared)]
     for command, rows in found.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import re
@@ -34,16 +35,23 @@ from tilt.runs.journal import read_metrics
 STAGE_NAMES = ("pretrain", "sft", "reward_model", "rl")
 
 
+def yes(completions: list[str], **columns: object) -> list[float]:
+    """How much of an answer is a yes."""
+    return [sum(letter in "yes" for letter in text) - 0.1 * len(text) for text in completions]
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Pretraining, SFT, reward model and PPO from random weights on a toy corpus: the better answer says yes."""
     place = tmp_path_factory.mktemp("pipeline")
     made = [{"prompt": f"q{i} ", "chosen": "yes" + "!" * (i % 3), "rejected": "no" + "!" * ((i + 1) % 3)} for i in range(48)]
+    (place / "mine.py").write_text(inspect.getsource(yes))
     (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     config = {
         "name": "all", "root": str(place / "runs"), "threads": 1, "quiet": True,
         "model": {"width": 16, "layers": 1, "heads": 2, "context": 32, "vocabulary": 270},
         "data": {"source": str(place / "pairs.jsonl"), "template": "text"},
+        "rank": {"samples": 6, "reward": f"{place / 'mine.py'}:yes", "sampling": {"max_tokens": 6}},
         "pretrain": {"steps": 6, "optimizer": {"lr": 1e-2}}, "sft": {"steps": 12, "optimizer": {"lr": 1e-2}},
         "reward_model": {"steps": 12, "batch": 16, "optimizer": {"lr": 1e-2}},
         "rl": {"algorithm": "ppo", "steps": 3, "prompts": 4, "samples": 4, "passes": 2, "sampling": {"max_tokens": 6}, "eval": {"prompts": 4},
@@ -80,6 +88,21 @@ def test_every_stage_can_be_taken_up_again_from_its_record(pipeline: Any, tmp_pa
     again = rl.run(rl.Config.model_validate(given | {"root": str(tmp_path), "name": "again"}))
     first, second = (read_metrics(place / "metrics.jsonl")[0] for place in (stage(pipeline, "rl"), again.directory.path))
     assert first["objective/scores"] == second["objective/scores"] and first["loss"] == second["loss"]
+
+
+def test_rm_data_are_sft_samples_ranked_with_their_provenance(pipeline: Any) -> None:
+    place, sft = stage(pipeline, "rank"), checkpoint(pipeline, "sft")
+    record = json.loads((place / "provenance.json").read_text())
+    mark = fingerprint(Policy(load(str(sft))[0]))
+    assert record["model"] == str(sft) and record["sha256"] == mark and record["samples"] == 6 and record["reward"].endswith("mine.py:yes")
+    rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+    assert len(rows) == record["pairs"] > 20 and {row["sampled_from"] for row in rows} == {f"{sft}@{mark[:12]}"}
+    for row in rows:
+        better, worse = yes([row["chosen"], row["rejected"]])
+        assert better > worse and (row["chosen_score"], row["rejected_score"]) == pytest.approx((better, worse), abs=1e-6)
+        assert row["prompt"].startswith("q") and row["chosen_sample"] != row["rejected_sample"]
+    given = yaml.safe_load((stage(pipeline, "reward_model") / "config.yaml").read_text())
+    assert given["data"]["source"] == str(place / "pairs.jsonl"), "the reward model learns from them"
 
 
 def test_actor_and_reference_start_from_sft_and_the_reference_is_frozen(pipeline: Any) -> None:

@@ -69,6 +69,7 @@ _recipe("sft", "supervised fine-tuning on answers")
 _recipe("rm", "a reward model from preferences")
 _recipe("dpo", "preference optimisation without a reward model: DPO and its family")
 _recipe("rl", "reinforcement learning with any algorithm of the table, or one of your own")
+_recipe("rank", "preference data from a model's own answers, ranked by a reward")
 _recipe("rlhf", "SFT → reward model → RL in one directory")
 
 

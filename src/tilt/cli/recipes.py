@@ -15,7 +15,7 @@ from tilt.errors import UsageError
 from tilt.runs.text import inert
 
 RECIPES = {
-    "pretrain": "pretrain", "sft": "sft", "rm": "reward_model", "dpo": "dpo", "rl": "rl", "rlhf": "rlhf", "quickstart": "quickstart",
+    "pretrain": "pretrain", "sft": "sft", "rm": "reward_model", "dpo": "dpo", "rl": "rl", "rank": "ranking", "rlhf": "rlhf", "quickstart": "quickstart",
 }  # fmt: skip
 """Command → module in tilt.recipes."""
 

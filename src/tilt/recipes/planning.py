@@ -34,7 +34,7 @@ from tilt.runs.text import duration, inert, middle, number
 from tilt.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
-    from tilt.recipes import dpo, pretrain, reward_model, rl_settings, sft
+    from tilt.recipes import dpo, pretrain, ranking, reward_model, rl_settings, sft
 
 Examples = Sequence[Rollout]
 SHOWN = 1200  # terminal cells of an example
@@ -118,6 +118,20 @@ def compared_pairs(config: dpo.Config) -> list[str]:
     )
 
 
+def ranked_answers(config: ranking.Config) -> list[str]:
+    """The plan of ranking a model's own answers: what is asked, and what the reward says of the model as it is."""
+    found = _open(config, "prompt")
+    policy = opening.policy_of(found.lm, found.device)
+    prompts = found.render.prompts([*found.rows.train, *found.rows.held_out])
+    rehearsed = [] if config.reward is None else [_rehearsed(config, found, prompts)]
+    return [
+        *_opening(config, "rank", found, policy),
+        *rehearsed,
+        *_shown([_asked(p, found.tokenizer) for p in prompts[:2]]),
+        f"answers    {config.samples} to each of {len(prompts):,} prompts, of at most {config.sampling.max_tokens} tokens; {config.pairs} of each become pairs",
+    ]
+
+
 def reinforcement(config: rl_settings.Config) -> list[str]:
     """The plan of reinforcement learning. Without a reward (as in a pipeline, where the stage before makes it) a model of the policy's size stands in."""
     name, objective = optimised(config.algorithm, config.objective, config.quirks, config.sampling.max_tokens)
@@ -192,7 +206,7 @@ def stages(config: Run, recipe: str, settings: Mapping[str, Mapping[str, Any]]) 
 # --- what the recipes share ----------------------------------------------------------------------------------------------
 
 
-def _open(config: Training, want: Want) -> Opened:
+def _open(config: Training | ranking.Config, want: Want) -> Opened:
     device = opening.settle(config)
     rows = opening.rows(config.data, want)
     lm, tokenizer, name = opening.language_model(config.model, config.tokenizer, lambda: opening.texts(rows.train), config.seed)
@@ -204,7 +218,7 @@ def _place(config: Run, recipe: str, model: str) -> str:
     return str(Path(config.root) / (config.name or auto_name(recipe, model)[:-6] + "······"))
 
 
-def _opening(config: Training, recipe: str, found: Opened, module: nn.Module) -> list[str]:
+def _opening(config: Training | ranking.Config, recipe: str, found: Opened, module: nn.Module) -> list[str]:
     return [
         f"run        {_place(config, recipe, found.name)}",
         opening.headline(found.name, module, found.device, config),

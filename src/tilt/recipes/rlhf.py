@@ -1,4 +1,4 @@
-"""The pipeline of reinforcement learning from human feedback, in one directory: (pretrain →) SFT → reward model (→ judge) → RL."""
+"""The pipeline of reinforcement learning from human feedback, in one directory: (pretrain →) SFT (→ ranked answers) → reward model (→ judge) → RL."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tilt.config import Section
-from tilt.recipes import opening, planning, pretrain, reward_model, rl, sft
+from tilt.recipes import opening, planning, pretrain, ranking, reward_model, rl, sft
 from tilt.recipes.finishing import Result
 from tilt.recipes.pretrain import Config as Pretrain
+from tilt.recipes.ranking import Config as Rank
 from tilt.recipes.reward_model import Config as RewardModel
 from tilt.recipes.rl import Config as Reinforce
 from tilt.recipes.settings import Data, Run, Scratch
@@ -34,6 +35,12 @@ class Config(Run):
     tokenizer: str | None = None
     pretrain: Annotated[Pretrain | None, Field(description="next-token prediction before SFT; null skips it")] = None
     sft: Finetune
+    rank: Annotated[
+        Rank | None,
+        Field(
+            description="answers of the SFT model, ranked by a reward, which the reward models learn from; null: they learn from the data"
+        ),
+    ] = None
     reward_model: RewardModel
     judge: Annotated[
         RewardModel | None,
@@ -53,6 +60,7 @@ class Config(Run):
         defaults: dict[str, dict[str, Any]] = {
             "pretrain": {"read_as": "preference"},
             "sft": {},
+            "rank": {},
             "reward_model": {},
             "judge": {},
             "rl": {"reward": {"model": PENDING}},
@@ -98,10 +106,15 @@ def run(config: Config) -> Result:
         if config.pretrain is not None:
             model = str(stage("pretrain", pretrain.run, config.pretrain, _likelihood, model=start_of(config.pretrain)).checkpoint)
         model = str(stage("sft", sft.run, config.sft, _likelihood, model=start_of(config.sft)).checkpoint)
-        scored = stage("reward_model", reward_model.run, config.reward_model, _accuracy, model=start_of(config.reward_model))
+        compared: dict[str, Any] = {}
+        if config.rank is not None:
+            made = stage("rank", ranking.run, config.rank, _ranked, model=start_of(config.rank)).directory / "pairs.jsonl"
+            compared = {"data": config.reward_model.data.model_copy(update={"source": str(made), "columns": {}})}
+        scored = stage("reward_model", reward_model.run, config.reward_model, _accuracy, model=start_of(config.reward_model), **compared)
         extra: dict[str, Any] = {"model": start_of(config.rl), "reward": _filled(config.rl.reward, str(scored.checkpoint))}
         if config.judge is not None:
-            judge = stage("judge", reward_model.run, config.judge, _accuracy, model=start_of(config.judge), seed=config.seed + 1)
+            halved = {key: value.model_copy(update={"half": config.judge.data.half}) for key, value in compared.items()}
+            judge = stage("judge", reward_model.run, config.judge, _accuracy, model=start_of(config.judge), seed=config.seed + 1, **halved)
             extra["measure"] = config.rl.measure or {"model": str(judge.checkpoint), "name": "judge"}
         final = stage("rl", rl.run, config.rl, _improvement, **extra)
         rows.append(["all", "seconds", "", f"{time.perf_counter() - began:.0f}"])
@@ -125,6 +138,10 @@ def _filled(reward: Any, path: str) -> Any:
 
 def _likelihood(result: Result) -> list[list[str]]:
     return [["held-out nll, nats a token", f"{result.before.get('nll', float('nan')):.3f}", f"{result.after.get('nll', float('nan')):.3f}"]]
+
+
+def _ranked(result: Result) -> list[list[str]]:
+    return [["pairs of ranked answers", "", f"{result.after['pairs']:.0f}"]]
 
 
 def _accuracy(result: Result) -> list[list[str]]:
@@ -173,6 +190,7 @@ def plan(config: Config) -> list[str]:
     plans: dict[str, Callable[[Any], list[str]]] = {
         "pretrain": pretrain.plan,
         "sft": sft.plan,
+        "rank": ranking.plan,
         "reward_model": reward_model.plan,
         "judge": reward_model.plan,
         "rl": rl.plan,
