@@ -1,0 +1,29 @@
+"""docs/algorithms/ is what docs/make_pages.py writes: a page for every row of both tables, with advice on each."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from tilt.objectives import ALGORITHMS, PREFERENCES
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_every_row_has_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    spec = importlib.util.spec_from_file_location("make_pages", DOCS / "make_pages.py")
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    sys.modules.pop("make_curve", None)
+    told = made.advice()
+    assert list(told) and set(told) == {*ALGORITHMS, *PREFERENCES}, (
+        "docs/advice.toml says when each row is right, and what goes wrong with it"
+    )
+    assert all(set(words) == {"when", "traps"} and all(words.values()) for words in told.values())
+    files = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "algorithms").iterdir()}
+    assert files == made.pages(), "run `python docs/make_pages.py`"
