@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tilt.distributions import kl
 from tilt.inspect.entries import Notebook
-from tilt.objectives import Experience, Objective, Outputs, TrustRegion
+from tilt.objectives import Experience, NoValue, Objective, Outputs, TrustRegion
 from tilt.optim.trust_region import Vector, axpy, conjugate_gradient, dot, hessian_product, trust_region_step
 
 SURROGATE = "1502.05477 eq. 14; 002:183-185"
@@ -16,12 +18,13 @@ SURROGATE = "1502.05477 eq. 14; 002:183-185"
 
 def trace_step(note: Notebook, row: Objective, experience: Experience, rule: TrustRegion) -> None:
     """From policy = old: gradient, Fisher matrix, natural direction, first length, and what the line search accepts."""
+    gain = replace(row, value=NoValue())
     old = experience.signals.old.detach().clamp(max=-1e-6)
     theta = (old - torch.log(-torch.expm1(old))).requires_grad_()
     before = torch.stack([theta.detach(), torch.zeros_like(old)], 1)
 
     def surrogate() -> Tensor:
-        return -row.loss(Outputs.of(logsigmoid(theta), sequences=experience.layout.sequences), experience)
+        return -gain.loss(Outputs.of(logsigmoid(theta), sequences=experience.layout.sequences), experience)
 
     def divergence() -> Tensor:
         return kl(before, torch.stack([theta, torch.zeros_like(theta)], 1)).mean()
