@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilt.errors import DataError, UsageError
-from tilt.rewards.rules import RULES, Contains, Exact, Format, Length, NonRepetition, Numeric, Regex, answer_text, last_number
+from tilt.rewards.rules import RULES, Contains, Exact, Format, Length, NonRepetition, Numeric, Overlong, Regex, answer_text, last_number
 
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 
@@ -175,6 +175,17 @@ def test_length_is_a_target_or_a_soft_limit() -> None:
             Length(**wrong)
 
 
+def test_overlong_is_the_table_of_dapo() -> None:
+    rule = Overlong(20, 4)
+    assert rule([""] * 8, lengths=[1, 15, 16, 17, 18, 19, 20, 21]) == [0, 0, 0, -0.25, -0.5, -0.75, -1, -1]
+    assert Overlong(20480, 4096)([""] * 3, lengths=[16384, 18432, 20481]) == [0, -0.5, -1]
+    for limit, buffer in ((20, 0), (20, -1), (20, 21), (0, 0)):
+        with pytest.raises(UsageError, match="0 < buffer <= limit"):
+            Overlong(limit, buffer)
+    with pytest.raises(UsageError, match="needs the column 'lengths'"):
+        rule(["a"])
+
+
 def test_contains_and_non_repetition() -> None:
     assert Contains(("please", "thank you"))(["Please!", "thank you, please", ""]) == [0.5, 1, 0]
     assert Contains(answer="word")(["a cat", "a dog", "?"], word=["cat", "cat", None]) == [1, 0, None]
@@ -188,4 +199,4 @@ def test_contains_and_non_repetition() -> None:
 def test_rules_are_plain_values() -> None:
     assert Numeric() == Numeric() and hash(Numeric()) == hash(Numeric())
     assert eval(repr(Length(5)), {"Length": Length}) == Length(5)
-    assert set(RULES) == {"exact", "numeric", "regex", "format", "length", "contains", "non_repetition"}
+    assert set(RULES) == {"exact", "numeric", "regex", "format", "length", "overlong", "contains", "non_repetition"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar
@@ -46,6 +46,13 @@ class Stream(Generic[Item]):
         epoch, place = divmod(step, self.steps(n))
         order = permutation(self.seed, epoch, len(self.items))
         return [self.items[i] for i in order[place * n : (place + 1) * n]]
+
+    def spare(self, step: int, n: int) -> Iterator[Item]:
+        """The items that `draw(step, n)` left, each once, in an order of the step's own."""
+        epoch, place = divmod(step, self.steps(n))
+        order = permutation(self.seed, epoch, len(self.items))
+        rest = np.delete(order, slice(place * n, (place + 1) * n))
+        return (self.items[rest[i]] for i in permutation(self.seed + 2**40, step, len(rest)))
 
     def steps(self, n: int) -> int:
         """Steps in an epoch of batches of n."""

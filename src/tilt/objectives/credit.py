@@ -11,7 +11,19 @@ from torch import Tensor
 
 from tilt.errors import UsageError
 from tilt.objectives.experience import Rewards, Signals
-from tilt.segments import Layout, discounted_sums, group_count, group_flat, group_max, group_mean, group_std, group_sum, segment_sum, spread
+from tilt.segments import (
+    Layout,
+    PromptMask,
+    discounted_sums,
+    group_count,
+    group_flat,
+    group_max,
+    group_mean,
+    group_std,
+    group_sum,
+    segment_sum,
+    spread,
+)
 from tilt.shapes import ActionMask, PerAction, PerSequence, SequenceMask
 
 NOTHING: frozenset[str] = frozenset()
@@ -38,6 +50,10 @@ class Credit(Protocol):
     @property
     def compares(self) -> bool:
         return False
+
+    def flat(self, rewards: Rewards, layout: Layout) -> PromptMask:
+        """Prompts among whose answers this credit finds no difference in what they earned, [G]."""
+        return group_flat(earned(rewards, layout), layout, rewards.scored)
 
     def __call__(self, rewards: Rewards, signals: Signals, layout: Layout) -> Credited: ...
 
@@ -253,6 +269,10 @@ class ProcessRelative(Credit):
     def compares(self) -> bool:
         return True
 
+    def flat(self, rewards: Rewards, layout: Layout) -> PromptMask:
+        group = Layout(torch.arange(layout.actions, device=layout.sequence.device), layout.prompt[layout.sequence])
+        return group_flat(rewards.steps, group, rewards.ends & spread(rewards.scored, layout))
+
     def __call__(self, rewards: Rewards, signals: Signals, layout: Layout) -> Credited:
         group = Layout(torch.arange(layout.actions, device=layout.sequence.device), layout.prompt[layout.sequence])  # every action a member
         steps, ends = rewards.steps, rewards.ends
@@ -310,6 +330,13 @@ def settled(rewards: Rewards, signals: Signals, layout: Layout) -> tuple[Rewards
     ends = rewards.ends.to(old.device) if rewards.ends.numel() else steps != 0
     per_action = {name: quiet(getattr(signals, name)) for name in ("sampler", "old", "reference", "values", "entropy")}
     return (
-        Rewards(torch.where(scored, rewards.total.to(old), 0), rewards.parts, quiet(steps), scored, ends & seen),
+        replace(
+            rewards,
+            total=torch.where(scored, rewards.total.to(old), 0),
+            steps=quiet(steps),
+            scored=scored,
+            ends=ends & seen,
+            trained=rewards.trained.to(old.device) if rewards.trained.numel() else torch.ones_like(scored),
+        ),
         Signals(**per_action, final=torch.where(scored, final.to(old), 0)),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -14,13 +14,19 @@ from tilt.segments import Layout
 @dataclass(frozen=True)
 class Rewards:
     """What was earned: `total` per sequence [S] (the weighted sum of `parts`), dense `steps` per action [A], which sequences could be `scored` [S],
-    and the actions at which a judged step `ends` [A] (process supervision; a step may earn 0)."""
+    and the actions at which a judged step `ends` [A] (process supervision; a step may earn 0).
+
+    Sequences that are not `trained` on [S] (all are by default) weigh nothing and are in no denominator; what they earned still stands in baselines
+    and deviations. `weights` are those of the parts; a part without one weighs 1.
+    """
 
     total: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     steps: Tensor = field(default_factory=lambda: torch.zeros(0))
     scored: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     ends: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    trained: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -30,12 +36,33 @@ class Rewards:
         parts: Mapping[str, Tensor] | None = None,
         scored: Tensor | None = None,
         ends: Tensor | None = None,
+        trained: Tensor | None = None,
+        weights: Mapping[str, float] | None = None,
         actions: int = 0,
     ) -> Rewards:
-        """Sequence rewards, all scored unless said otherwise; `steps` are zeros [actions] where none are given, and `ends` are where they are not 0."""
+        """Sequence rewards, all scored and trained on unless said otherwise; `steps` are zeros [actions] where none are given, and `ends` are where they are not 0."""
         dense = torch.zeros(actions, dtype=total.dtype, device=total.device) if steps is None else steps
-        seen = torch.ones_like(total, dtype=torch.bool) if scored is None else scored
-        return Rewards(total, parts or {}, dense, seen, dense != 0 if ends is None else ends)
+        every = torch.ones_like(total, dtype=torch.bool)
+        return Rewards(
+            total, parts or {}, dense, every if scored is None else scored, dense != 0 if ends is None else ends, every if trained is None else trained,
+            weights or {},
+        )  # fmt: skip
+
+    @staticmethod
+    def join(given: Sequence[Rewards]) -> Rewards:
+        """The rewards of several batches end to end; all have the same parts."""
+        first = given[0]
+        parts = {name: torch.cat([r.parts[name] for r in given]) for name in first.parts}
+        whole = {name: torch.cat([getattr(r, name) for r in given]) for name in ("total", "steps", "scored", "ends", "trained")}
+        return Rewards(parts=parts, weights=first.weights, **whole)
+
+    def take(self, sequences: Tensor, layout: Layout) -> Rewards:
+        """The rewards of these sequences of a layout, in the order in which they are named."""
+        actions = layout.actions_of(sequences)
+        return Rewards(
+            self.total[sequences], {name: part[sequences] for name, part in self.parts.items()}, self.steps[actions], self.scored[sequences],
+            self.ends[actions], self.trained[sequences], self.weights,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

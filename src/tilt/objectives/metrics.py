@@ -57,7 +57,7 @@ GLOSSARY: Mapping[str, str] = MappingProxyType(
     {
         "loss": "The loss summed over the batch, penalty and value term included. No healthy range: it need not fall in RL. NaN stops the run; read the reward instead.",
         "kl": "Mean over answers of sum_t (old - reference), nats. Grows slowly from 0; if it runs away, raise kl or beta or lower the learning rate.",
-        "reward": "Mean reward of the scored answers, as in `objective/scores`. Should rise; believe `eval/reward` before it.",
+        "reward": "Mean reward of the scored answers, those of dropped groups included. Should rise; believe `eval/reward` before it.",
         "entropy": "Mean exact entropy of the policy over actions, nats. Falls slowly; near 0 exploration is over: raise temperature or the upper clip, or stop earlier.",
         "grad_norm": "Norm of the gradient before clipping. Steady within a factor of ten; spikes ask for a lower learning rate, exact 0 for a reward that varies.",
         "critic/grad_norm": "Norm of the critic's gradient before clipping. As for `grad_norm`.",
@@ -74,7 +74,8 @@ GLOSSARY: Mapping[str, str] = MappingProxyType(
         "reward/<part>_seconds": "Seconds that this part of the reward took. Small beside time/generate; else the reward is what you wait for.",
         "reward/<part>_failed": "Answers on which this part failed (on_error zero or skip). 0; else read the note in log.txt.",
         "groups/zero_variance": "Share of prompts whose answers all earned the same: they give no group-relative signal. Under a half; else prompts are too easy or too hard.",
-        "groups/kept": "Groups kept by dynamic sampling. Close to what was asked; when few are kept, change the mix of prompts.",
+        "groups/kept": "With keep.mixed: prompts whose answers earned differently and are trained on. Near `prompts`; when fewer, raise keep.draws or change the mix of prompts.",
+        "groups/drawn": "With keep.mixed: prompts asked for the step. Up to twice `prompts`; far more means that most are too easy or too hard.",
         "length/mean": "Mean number of actions of an answer. Drifts with the task; steady growth with flat reward is padding: check the average and the length reward.",
         "length/truncated": "Share of answers cut at max_tokens. Under 0.1; else raise max_tokens or reward stopping.",
         "policy/approxkl_avg": ".5 mean (logprobs - old)^2 over actions and updates: how far this batch moved the policy. Below about 0.02; else fewer passes or a lower learning rate. Exactly 0 on a first update.",

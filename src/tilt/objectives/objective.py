@@ -128,6 +128,7 @@ class Objective:
         with torch.no_grad():
             quiet_rewards, quiet_signals = settled(rewards, signals, layout)
             advantages, returns, counted, final = self.credit(quiet_rewards, quiet_signals, layout)
+            counted = counted & quiet_rewards.trained
             seen = spread(counted, layout)
             weights = self.average(layout, counted).to(signals.old)
             kept = signals if signals.final.numel() else replace(signals, final=quiet_signals.final)

@@ -161,6 +161,7 @@ def reinforcement(config: rl_settings.Config) -> list[str]:
         len(held.keys() - {"mask"}) + ("old" in objective.needs) * (config.passes * config.minibatches > 1)
     )
     drawing = _generation(config, found, policy, prompts, sampling_of(config.sampling, found.render))
+    drawing *= config.keep.draws if config.keep.mixed else 1
     each = drawing + (tokens * passes + beside) * measured.seconds
     return [
         *_opening(config, Path(name.rpartition(":")[0] or name).stem, found, policy),

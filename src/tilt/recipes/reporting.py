@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -17,31 +17,22 @@ from tilt.data.rollouts import Rollout
 from tilt.learning.evaluation import Assessment
 from tilt.learning.learner import Report
 from tilt.learning.meter import Meter
-from tilt.objectives import Experience, Objective, Rewards, Signals
-from tilt.objectives.credit import settled, shaped
+from tilt.objectives import Credit, Experience, Objective, Rewards, Signals
+from tilt.objectives.credit import earned, settled, shaped
 from tilt.objectives.metrics import batch_metrics
-from tilt.recipes.scoring import Scoring
-from tilt.rewards.text import Text
+from tilt.objectives.objective import Metrics
+from tilt.recipes.selecting import Answers, alike
 from tilt.runs import rollout_store
 from tilt.runs.directory import RunDirectory
 from tilt.runs.journal import Journal, Sample
 from tilt.segments import group_count, group_mean, group_std
 
 
-@dataclass(frozen=True)
-class Answers:
-    """The answers of a step, as text, and what they earned."""
-
-    rollouts: Sequence[Rollout]
-    texts: Sequence[Text]
-    rewards: Rewards
-
-
 class Recorder:
     """Writes what each step says of itself, and counts answers and skipped batches over the run."""
 
-    def __init__(self, directory: RunDirectory, journal: Journal, tokenizer: Any, scoring: Scoring, every: int, steps: int) -> None:
-        self.directory, self.journal, self.tokenizer, self.scoring = directory, journal, tokenizer, scoring
+    def __init__(self, directory: RunDirectory, journal: Journal, tokenizer: Any, every: int, steps: int) -> None:
+        self.directory, self.journal, self.tokenizer = directory, journal, tokenizer
         self.every, self.steps, self.answers, self.skipped, self.said = every, steps, 0, 0, set[str]()
 
     def watches(self, step: int) -> bool:
@@ -53,15 +44,15 @@ class Recorder:
         seen: Assessment | None,
     ) -> dict[str, float]:  # fmt: skip
         """The step's metrics, written with those of the evaluation before it; its rollouts where it is watched; a reward's first failure in words."""
-        count = len(answers.rollouts)
+        count = len(answers.drawn.rollouts)
         self.answers, self.skipped = self.answers + count, self.skipped + report.skipped
         metrics = measures(objective, answers.rewards, experience.signals, batch, answers.rollouts, report)
-        metrics |= self.scoring.metrics() | clock.read(batch.layout.actions)
+        metrics |= groups_kept(answers, objective.credit) | _read(answers.report.metrics()) | clock.read(batch.layout.actions)
         counts = {"episode": self.answers, "eps": count / metrics["time/step"], "skipped/total": self.skipped} | objective.controlled
         self.journal.step(step, metrics | counts | evaluated(seen))
         if report.note:
             self.journal.note(f"guards     {report.note}")
-        messages = self.scoring.score.report.messages
+        messages = answers.report.messages
         for part in messages.keys() - self.said:
             self.said.add(part)
             self.journal.note(f"reward     {messages[part]}")
@@ -74,6 +65,23 @@ class Recorder:
         self.journal.step(taken, evaluated(last) | {f"eval/{name}": value for name, value in more.items()})
         why = ": nothing in them could move the weights (every group earned the same)" if self.skipped else ""
         self.journal.note(f"skipped    {self.skipped} of {taken} batches{why}")
+
+
+def groups_kept(answers: Answers, credit: Credit) -> dict[str, float]:
+    """With dynamic sampling: groups kept and drawn, the share of the drawn whose answers all earned the same, and the mean reward of all that was drawn."""
+    if not answers.selected:
+        return {}
+    every = answers.drawn
+    layout, scored = every.layout, every.rewards.scored
+    flat = alike(every, credit)
+    return {
+        "groups/kept": float((~flat).sum()), "groups/drawn": float(layout.prompts), "groups/zero_variance": float(flat.double().mean()),
+        "reward": float(earned(every.rewards, layout)[scored].double().mean()) if scored.any() else math.nan,
+    }  # fmt: skip
+
+
+def _read(pairs: Metrics) -> dict[str, float]:
+    return {name: float(value / weight) for name, (value, weight) in pairs.items()}
 
 
 def evaluated(seen: Assessment | None) -> dict[str, float]:
@@ -116,8 +124,7 @@ def keep_rollouts(
     tokenizer: Any,
 ) -> None:  # fmt: skip
     """Store the step's rollouts with their token channels (differences taken before they are stored in half precision), and show four."""
-    rollouts, texts, rewards = answers.rollouts, answers.texts, answers.rewards
-    layout, signals = experience.layout, complete(experience.signals, report)
+    layout, signals, rewards = experience.layout, complete(experience.signals, report), answers.rewards
     advantages = experience.advantages[layout.starts]
     new = report.channels["new"]
     quiet, known = settled(rewards, replace(signals, reference=signals.reference.nan_to_num()), layout)
@@ -128,29 +135,39 @@ def keep_rollouts(
         "token_reward": shaped(quiet, known, layout, getattr(objective.credit, "kl", 0.0)),
         **{name: report.channels[name] for name in ("ratio", "clip", "entropy", "push")},
     }  # fmt: skip
+    every = answers.drawn
     sequences: dict[str, Tensor | Sequence[Any]] = {
-        "advantage": advantages,
-        **groups(rewards, layout),
-        "dropped_reason": dropped(rewards, report.trained),
+        "advantage": lengthened(advantages, len(every.rollouts)),
+        **groups(every.rewards, every.layout),
+        "dropped_reason": dropped(every, report.trained, objective.credit),
     }
+    count = every.layout.actions
     table = rollout_store.RolloutTable(
-        rollouts, texts, rewards, tokenizer, sequences, {name: value for name, value in channels.items() if not value.isnan().all()},
-        run=directory.name,
+        every.rollouts, every.texts, every.rewards, tokenizer, sequences,
+        {name: lengthened(value, count) for name, value in channels.items() if not value.isnan().all()}, run=directory.name,
     )  # fmt: skip
     rollout_store.write(directory.rollouts, step, table)
     journal.samples(
         step,
         [
-            Sample(texts[i].prompt, texts[i].completion, {k: float(v[i]) for k, v in rewards.parts.items()}, float(advantages[i]))
-            for i in range(0, len(rollouts), max(1, len(rollouts) // 4))
+            Sample(text.prompt, text.completion, {k: float(v[i]) for k, v in rewards.parts.items()}, float(advantages[i]))
+            for i, text in list(enumerate(answers.texts))[:: max(1, len(answers.texts) // 4)]
         ][:4],
     )
 
 
-def dropped(rewards: Rewards, trained: Tensor) -> list[str | None]:
-    """Why a sequence was left out of the update: not scored (filter), or its advantage was 0 (zero_variance)."""
-    pairs = zip(rewards.scored.tolist(), trained.tolist(), strict=True)
-    return ["filter" if not scored else None if used else "zero_variance" for scored, used in pairs]
+def lengthened(values: Tensor, count: int) -> Tensor:
+    """Values and then NaN, so many in all: what was dropped was not looked at."""
+    return torch.cat([values, values.new_full((count - len(values),), math.nan)])
+
+
+def dropped(every: Answers, trained: Tensor, credit: Credit) -> list[str | None]:
+    """Why an answer was left out of the update: it could not be scored (filter), it was cut and is not to be trained on (overlong), or its advantage was 0,
+    as in every group that dynamic sampling dropped (zero_variance)."""
+    used = torch.cat([trained, trained.new_zeros(len(every.rollouts) - len(trained))])
+    cut = ~every.rewards.trained & torch.tensor([r.stop == "length" for r in every.rollouts]) & ~alike(every, credit)[every.layout.prompt]
+    pairs = zip(every.rewards.scored.tolist(), used.tolist(), cut.tolist(), strict=True)
+    return ["filter" if not scored else None if moved else "overlong" if long else "zero_variance" for scored, moved, long in pairs]
 
 
 def groups(rewards: Rewards, layout: Any) -> dict[str, Tensor]:
@@ -164,7 +181,7 @@ def groups(rewards: Rewards, layout: Any) -> dict[str, Tensor]:
 
 
 class Clock:
-    """Seconds of each phase of a step."""
+    """Seconds of each phase of a step, added up where a phase comes again."""
 
     def __init__(self) -> None:
         self.began = perf_counter()
@@ -174,7 +191,7 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         start = perf_counter()
         yield
-        self.seconds[f"time/{phase}"] = perf_counter() - start
+        self.seconds[f"time/{phase}"] = self.seconds.get(f"time/{phase}", 0.0) + perf_counter() - start
 
     def read(self, actions: int) -> dict[str, float]:
         """Seconds of the phases and of the whole step, and sampled tokens a second of the whole."""

@@ -31,9 +31,10 @@ from tilt.recipes import opening, planning, roles
 from tilt.recipes.companion import companion
 from tilt.recipes.finishing import Result, keeping, saved, write_policy
 from tilt.recipes.rehearsal import rehearse
-from tilt.recipes.reporting import Answers, Clock, Recorder
+from tilt.recipes.reporting import Clock, Recorder
 from tilt.recipes.rl_settings import Config
 from tilt.recipes.scoring import Scoring, scoring
+from tilt.recipes.selecting import Answers, select
 from tilt.recipes.stopping import Stopping
 from tilt.recipes.trying import Trial, sampling_of
 from tilt.recipes.variants import optimised, origin
@@ -85,19 +86,17 @@ class Opened:
 def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journal) -> tuple[Assessment, Assessment, int]:
     """The walk: prompts → rollouts → rewards → signals → experience → update → published weights → record."""
     sampler, learner, objective, temperature = parts.sampler, parts.learner, parts.objective, config.sampling.temperature
-    recorder = Recorder(directory, journal, parts.tokenizer, parts.scoring, config.rollouts_every, config.steps)
+    recorder = Recorder(directory, journal, parts.tokenizer, config.rollouts_every, config.steps)
     stopping, taken = Stopping(config.stop_rise, config.max_kl), 0
     first = parts.trial()
     for step in range(config.steps):
         seen = first if step == 0 else parts.trial() if opening.due(step, config.steps, config.eval.every) else None
         clock, watch = Clock(), recorder.watches(step)
-        prompts = parts.source.draw(step, config.prompts)
-        with clock("generate"):
-            if config.mask is not None and step % config.mask.refresh == 0:
-                sampler.mask(config.mask.top_p)
-            rollouts = sampler.sample(prompts, config.samples, step=step)
-        with clock("reward"):
-            answers = Answers(rollouts, *parts.scoring.judge(rollouts))
+        if config.mask is not None and step % config.mask.refresh == 0:
+            sampler.mask(config.mask.top_p)
+        answer = partial(answered, parts, config.samples, step, clock)
+        answers = answer(parts.source.draw(step, config.prompts))
+        answers = select(answers, answer, parts.source.spare(step, config.prompts), config.keep, objective.credit)
         batch = pack(answers.rollouts)
         with clock("evaluate"):
             signals = ended(learner.evaluate(batch, wanted(objective, config, learner.settings), temperature=temperature), objective)
@@ -110,7 +109,7 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
         with clock("publish"):
             sampler.load(learner.policy)
         metrics, taken = recorder.write(step, objective, answers, batch, experience, report, clock, seen), step + 1
-        objective = objective.following(metrics | {"sequences": len(rollouts)})
+        objective = objective.following(metrics | {"sequences": len(answers.rollouts)})
         if why := stopping.reason(metrics):
             journal.note(f"stopped at step {step}: {why}")
             break
@@ -119,6 +118,15 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
     last = parts.trial()
     recorder.finish(taken, last, averaged(parts))
     return first, last, taken
+
+
+def answered(parts: Parts, samples: int, step: int, clock: Clock, prompts: Sequence[Prompt]) -> Answers:
+    """Answers to each prompt, and what they earn."""
+    with clock("generate"):
+        rollouts = parts.sampler.sample(prompts, samples, step=step)
+    with clock("reward"):
+        texts, rewards = parts.scoring.judge(rollouts)
+    return Answers(rollouts, texts, rewards, parts.scoring.score.report)
 
 
 def wanted(objective: Objective, config: Config, settings: Passes) -> frozenset[str]:
@@ -257,10 +265,16 @@ def cramped(prompts: Sequence[Prompt], lm: Any, wanted: int) -> list[str]:
 def notes(config: Config, policy: Policy, objective: Objective) -> list[str]:
     """What a reader of the run should know although it may run, settings of a critic that the row does not have among them."""
     idle = [key for key in ("critic", "critic_lr", "critic_warmup") if getattr(config, key) != type(config).model_fields[key].default]
+    chosen = [
+        f"dynamic sampling: groups whose answers all earned the same are replaced, in at most {config.keep.draws} draws of prompts a step"
+    ]
+    chosen = (chosen if config.keep.mixed else []) + (
+        [] if config.keep.cut else ["answers cut at max_tokens weigh nothing; their rewards stay in baselines"]
+    )
     unused = [f"{', '.join(idle)}: without effect, this row has no critic"] if idle and not objective.value.needs else []
     if isinstance(objective.penalty, TrustRegion) and not objective.value.needs and "optimizer" in config.model_fields_set:
         unused.append("optimizer: without effect, a trust region sets the length of its own step and this row has no critic")
-    return [*([policy.note] if policy.note else []), *objective.notes(), *unused]
+    return [*([policy.note] if policy.note else []), *objective.notes(), *unused, *chosen]
 
 
 def plan(config: Config) -> list[str]:

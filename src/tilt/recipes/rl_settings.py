@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tilt.objectives import Imitate, Objective, Teacher, TrustRegion
-from tilt.recipes.settings import Count, Evaluation, Guards, Mask, Reward, Sampling, Texts, Training
+from tilt.recipes.settings import Count, Evaluation, Guards, Keep, Mask, Reward, Sampling, Texts, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.variants import optimised, preset_settings
 
@@ -50,6 +50,7 @@ class Config(Training):
     steps: Count = 200
     prompts: Annotated[int, Field(ge=1, description="prompts a step")] = 32
     samples: Annotated[int, Field(ge=1, description="answers to each prompt")] = 8
+    keep: Keep = Keep()
     passes: Annotated[int, Field(ge=1, description="times each answer is trained on")] = 1
     minibatches: Annotated[int, Field(ge=1, description="optimizer steps a pass")] = 1
     sampling: Sampling = Sampling()
@@ -102,6 +103,10 @@ class Config(Training):
             problems.append(
                 f"algorithm {name} learns from a teacher, and without one the policy is compared with itself: set reference to the teacher's path"
             )
+        if self.keep.mixed and self.samples < 2:
+            problems.append("keep.mixed drops groups whose answers all earned the same, as a single answer does: set samples to 2 or more")
+        if self.keep.mixed and isinstance(row.credit, Teacher):
+            problems.append(f"keep.mixed looks at rewards, which algorithm {name} does not read: leave it out")
         if row.against == "old":
             problems += self._beside_old(row)
         elif row.passes is not None and self.minibatches > 1 and self.passes * self.minibatches > row.passes:

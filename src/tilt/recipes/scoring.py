@@ -42,10 +42,6 @@ class Scoring:
     def __call__(self, rollouts: Sequence[Rollout]) -> Rewards:
         return self.judge(rollouts)[1]
 
-    def metrics(self) -> dict[str, float]:
-        """Seconds and failures of each part on the latest batch."""
-        return {name: float(value / weight) for name, (value, weight) in self.score.report.metrics().items()}
-
     def close(self) -> None:
         """End the workers of isolated functions."""
         self.score.close()

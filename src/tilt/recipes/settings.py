@@ -188,6 +188,34 @@ class Mask(Section):
     refresh: Annotated[int, Field(ge=1, description="steps between copies")] = 20
 
 
+class Keep(Section):
+    """Which answers of a step are trained on."""
+
+    mixed: Annotated[
+        bool,
+        Field(
+            description="only groups whose answers earned differently; in place of the others further prompts are asked (dynamic sampling, DAPO)"
+        ),
+    ] = False
+    draws: Annotated[
+        int,
+        Field(ge=2, description="with mixed: most draws of prompts a step, the first included; then the step goes on with what there is"),
+    ] = 4
+    cut: Annotated[
+        bool,
+        Field(
+            description="answers that were cut at max_tokens too; false: they weigh nothing and are in no denominator (overlong filter), but what they "
+            "earned stays in the mean and deviation of their group"
+        ),
+    ] = True
+
+    @model_validator(mode="after")
+    def _effective(self) -> Keep:
+        if self.draws != type(self).model_fields["draws"].default and not self.mixed:
+            raise ValueError(f"draws {self.draws} has no effect without mixed: set mixed to true, or leave draws out")
+        return self
+
+
 class Guards(Section):
     """What a run's first update tolerates before it is applied; beyond it the run stops with a diagnosis. A large number switches a guard off."""
 

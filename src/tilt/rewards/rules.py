@@ -204,7 +204,7 @@ class Format:
 class Length:
     """0 for a length within [low, high], then falling linearly to -1 at a distance of `ramp`: -min(1, distance / ramp).
 
-    A target is low = high; DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13) is high = limit - margin, ramp = margin, in tokens.
+    A target is low = high.
     """
 
     name: ClassVar[str] = "length"
@@ -225,6 +225,26 @@ class Length:
             else [len(t.split() if self.unit == "words" else t) for t in completions]
         )
         return [0.0 - min(1.0, max(self.low - n, n - self.high, 0) / ramp) for n in lengths]
+
+
+@dataclass(frozen=True)
+class Overlong:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), n tokens: 0 up to limit - buffer, then ((limit - buffer) - n) / buffer, and -1 beyond `limit`.
+
+    limit 20, buffer 4: n = 16, 17, 18, 20, 21 → 0, -0.25, -0.5, -1, -1. The limit is the `sampling.max_tokens` of the run.
+    """
+
+    name: ClassVar[str] = "overlong"
+    limit: int
+    buffer: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.buffer <= self.limit:
+            raise UsageError(f"overlong: expected 0 < buffer <= limit, in tokens; got {self!r}")
+
+    def __call__(self, completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
+        free = self.limit - self.buffer
+        return [0.0 if n <= free else -1.0 if n > self.limit else (free - n) / self.buffer for n in column(columns, "lengths", self)]
 
 
 @dataclass(frozen=True)
@@ -272,8 +292,8 @@ class NonRepetition:
         return len(set(zip(*(words[i:] for i in range(self.n)), strict=False))) / total if total > 0 else 1.0
 
 
-Rule = Exact | Numeric | Regex | Format | Length | Contains | NonRepetition
-RULES: Mapping[str, type[Rule]] = {rule.name: rule for rule in (Exact, Numeric, Regex, Format, Length, Contains, NonRepetition)}
+Rule = Exact | Numeric | Regex | Format | Length | Overlong | Contains | NonRepetition
+RULES: Mapping[str, type[Rule]] = {rule.name: rule for rule in (Exact, Numeric, Regex, Format, Length, Overlong, Contains, NonRepetition)}
 
 
 def rule_name(rule: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,16 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)
     failures: Mapping[str, int] = field(default_factory=dict)
     messages: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def join(given: Sequence[Report]) -> Report:
+        """What scoring several batches cost; of each part the first failure in words."""
+        seconds, failures, messages = Counter[str](), Counter[str](), dict[str, str]()
+        for report in given:
+            seconds.update(report.seconds)  # type: ignore[arg-type]
+            failures.update(report.failures)
+            messages = {**report.messages, **messages}
+        return Report(dict(seconds), dict(failures), messages)
 
     def metrics(self) -> dict[str, tuple[Tensor, Tensor]]:
         """`reward/NAME_seconds` and `reward/NAME_failed` as (sum, weight)."""
@@ -88,7 +99,10 @@ class Scorer:
         total = torch.where(seen, weights * table, 0).sum(0).clamp(*self.clip) - self.missing_eos_penalty * unended
         if not total.isfinite().all():
             raise DataError("the weighted sum of the rewards overflows: lower the weights, or clip the reward.")
-        return Rewards.of(torch.where(scored, total, 0), parts=dict(scores), scored=scored, actions=sum(sum(r.sampled) for r in rollouts))
+        given = {part.name: part.weight for part in self.parts}
+        return Rewards.of(
+            torch.where(scored, total, 0), parts=dict(scores), scored=scored, weights=given, actions=sum(sum(r.sampled) for r in rollouts)
+        )
 
     def close(self) -> None:
         """End the workers of isolated functions."""
