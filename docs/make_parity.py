@@ -6,9 +6,10 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from tilt.parity import MEANING, PRESETS, Quirks
+from tilt.parity import MEANING, PAIR_PRESETS, PRESETS, Quirks
 from tilt.parity.described import flat
 
+EVERY = {**PRESETS, **PAIR_PRESETS}
 PAGE = Path(__file__).with_name("parity.md")
 
 
@@ -18,7 +19,7 @@ def tables() -> dict[str, list[str]]:
         "presets": [
             "| preset | what it is parity with | defaults, under what you set |",
             "|---|---|---|",
-            *(f"| `{name}` | {preset.source} | {', '.join(f'`{key}={value}`' for key, value in flat(preset.settings))} |" for name, preset in PRESETS.items()),
+            *(f"| `{name}` | {preset.source} | {', '.join(f'`{key}={value}`' for key, value in flat(preset.settings))} |" for name, preset in EVERY.items()),
         ],
         "quirks": [
             "| quirk | what the padded code does | what the corrected mode does | " + " | ".join(f"`{name}`" for name in PRESETS) + " |",
@@ -33,7 +34,7 @@ def tables() -> dict[str, list[str]]:
         "corrections": [
             "| preset | what the library does | what a run does |",
             "|---|---|---|",
-            *(f"| `{name}` | {does} | {right} |" for name, preset in PRESETS.items() for does, right in preset.corrections),
+            *(f"| `{name}` | {does} | {right} |" for name, preset in EVERY.items() for does, right in preset.corrections),
         ],
     }  # fmt: skip
 

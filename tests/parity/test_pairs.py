@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from tilt.errors import UsageError
+from tilt.learning.pairs import divergent_span
+from tilt.objectives import PREFERENCES, Pairs, Span
 from tilt.parity.pairs import PairQuirks, dpo_loss, end_scores, label_mask, span_loss, span_of, summed_logprobs
 
 PAD, LENGTH, VOCABULARY = 0, 7, 6
@@ -161,3 +163,25 @@ def test_numbers_on_fixture_p(smoothing: float, expected: list[float]) -> None:
     loss, better, worse = dpo_loss((policy[0], policy[1]), (anchor[0], anchor[1]), smoothing=smoothing)
     assert loss.item() == pytest.approx(sum(expected) / 2, abs=5.1e-10)
     assert (better - worse).tolist() == pytest.approx([0.09, -0.06])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_row_that_trains_is_the_padded_loss(seed: int) -> None:
+    """The scores that `tilt rm` compares, read along unpadded answers that go on with pads, cost what DeepSpeed-Chat's padded batch costs."""
+    chosen, rejected = random_pairs(seed)
+    generator = torch.Generator().manual_seed(seed)
+    scores = [torch.randn(6, LENGTH, generator=generator, dtype=torch.float64) for _ in range(2)]
+    same = [n for n, (c, r) in enumerate(zip(chosen, rejected, strict=True)) if c == r]
+    scores[1][same] = scores[0][same]  # a reward model gives one text one score
+    expected = span_loss(scores[0], scores[1], span_of(torch.tensor(chosen), torch.tensor(rejected), PAD))
+    better, worse, owner = [], [], []
+    for number, (c, r) in enumerate(zip(chosen, rejected, strict=True)):
+        lengths = [row.index(PAD) if PAD in row else LENGTH for row in (c, r)]
+        steps = divergent_span(c[2 : lengths[0]], r[2 : lengths[1]])  # behind the prompt of two tokens
+        better += [scores[0][number, 2 + t] for t in steps]
+        worse += [scores[1][number, 2 + t] for t in steps]
+        owner += [number] * len(steps)
+    span = Span(torch.stack(better), torch.stack(worse), torch.tensor(owner))
+    zero = torch.zeros(6, dtype=torch.float64)
+    found = PREFERENCES["rm_deepspeed_chat"].loss(Pairs.of(zero, zero, span=span))
+    assert found.item() == pytest.approx(expected.item(), abs=1e-12)

@@ -12,7 +12,7 @@ from tilt.cli.main import main
 from tilt.errors import UsageError
 from tilt.objectives import GLOSSARY, ValueLoss
 from tilt.parity import PRESETS, undressed
-from tilt.recipes import rl
+from tilt.recipes import dpo, reward_model, rl
 from tilt.recipes.variants import optimised
 
 SHORT = {"max_tokens": 6}
@@ -125,6 +125,20 @@ def test_the_record_reruns_a_preset(run_rl, metrics):
 def test_bad_input(given, message):
     with pytest.raises((UsageError, ValueError), match=message):
         settings(**given)
+
+
+@pytest.mark.parametrize("name, rate", [("rm_deepspeed_chat", 5e-5), ("dpo_deepspeed_chat", 1e-3)])
+def test_the_presets_on_pairs_train_with_their_defaults(name, rate, run_rm, run_dpo, metrics):
+    run = run_rm if name.startswith("rm") else run_dpo
+    result = run(algorithm=name, optimizer={"lr": 1e-2}, steps=20)
+    given = yaml.safe_load(result.directory.config.read_text())
+    assert given["optimizer"]["schedule"] == "cosine" and given["optimizer"]["weight_decay"] == 0 and given["epochs"] == 1
+    lines = metrics(result)
+    assert lines[-1]["eval/accuracy"] > 0.9 and lines[-1]["eval/loss"] < lines[0]["eval/loss"]
+    assert "parity with DeepSpeedExamples" in (result.directory.path / "objective.txt").read_text()
+    base = {"algorithm": name, "model": {"width": 16, "heads": 2, "vocabulary": 270}, "data": "pairs.jsonl"}
+    recipe = reward_model if name.startswith("rm") else dpo
+    assert recipe.Config.model_validate(base).optimizer.lr == rate and recipe.Config.model_validate(base | {"batch": 4}).batch == 4
 
 
 def test_the_card_of_a_preset_is_shown(capsys):

@@ -188,7 +188,7 @@ def _dispatch(words: list[str]) -> int:
     from tilt.cli import recipes
     from tilt.cli.show import show_settings
     from tilt.objectives import ALGORITHMS, PREFERENCES
-    from tilt.parity import PRESETS
+    from tilt.parity import PAIR_PRESETS, PRESETS
 
     algorithm = command.replace("-", "_")
     recipe = recipes.trainer(algorithm)
@@ -196,7 +196,7 @@ def _dispatch(words: list[str]) -> int:
         from tilt.config import hint
 
         raise UsageError(
-            f"tilt has no command `{command}`: {hint(command, [*_known(), *(a.replace('_', '-') for a in (*ALGORITHMS, *PRESETS, *PREFERENCES))])}"
+            f"tilt has no command `{command}`: {hint(command, [*_known(), *(a.replace('_', '-') for a in (*ALGORITHMS, *PRESETS, *PREFERENCES, *PAIR_PRESETS))])}"
         )
     if "--help" in words[1:]:
         show_settings(recipe)

@@ -109,10 +109,11 @@ def _canonical(name: str, document: Document, at: str) -> str:
 def trainer(algorithm: str) -> str:
     """The command that trains a row of the tables: grpo → rl, one that imitates given answers → sft, kto → dpo, rm_deepspeed_chat → rm; "" where there is none."""
     from tilt.objectives import ALGORITHMS, PREFERENCES, Imitate
-    from tilt.parity import PRESETS
+    from tilt.parity import PAIR_PRESETS, PRESETS
 
-    if algorithm in PREFERENCES:
-        return "dpo" if PREFERENCES[algorithm].margin.reads == "likelihood" else "rm"
+    rows = {**PREFERENCES, **{name: preset.row for name, preset in PAIR_PRESETS.items()}}
+    if algorithm in rows:
+        return "dpo" if rows[algorithm].margin.reads == "likelihood" else "rm"
     if algorithm in ALGORITHMS and ALGORITHMS[algorithm].credit == Imitate():
         return "sft"
     return "rl" if algorithm in ALGORITHMS or algorithm in PRESETS else ""

@@ -58,7 +58,7 @@ def show_algorithms(name: str, words: Sequence[str]) -> None:
     from tilt.config import Document, override
     from tilt.objectives import ALGORITHMS, PREFERENCES
     from tilt.objectives.card import card, compared
-    from tilt.parity import PRESETS, described
+    from tilt.parity import PAIR_PRESETS, PRESETS, described
     from tilt.recipes import variants
 
     if not name:
@@ -66,7 +66,11 @@ def show_algorithms(name: str, words: Sequence[str]) -> None:
             slots = [f.name for f in fields(next(iter(table.values())))]  # type: ignore[arg-type]
             rows = [[key.replace("_", "-"), *(_cell(slot, getattr(row, slot)) for slot in slots)] for key, row in table.items()]
             _print(_table(("algorithm", *slots), rows), Text(""))
-        _print(Text(f"Rows as other libraries compute them, docs/parity.md: {', '.join(name.replace('_', '-') for name in PRESETS)}\n"))
+        _print(
+            Text(
+                f"Rows as other libraries compute them, docs/parity.md: {', '.join(name.replace('_', '-') for name in (*PRESETS, *PAIR_PRESETS))}\n"
+            )
+        )
         _print(Text("`tilt algorithms NAME` shows formulas; `tilt NAME recipe.yaml` trains; `algorithm: file.py:NAME` is one of your own."))
         return
     others, changes = [word for word in words if "=" not in word], [word for word in words if "=" in word]
@@ -79,7 +83,7 @@ def show_algorithms(name: str, words: Sequence[str]) -> None:
         plain = algorithm.replace("-", "_")
         if plain in PRESETS:
             return variants.override(PRESETS[plain].row, document.values if changed else {})
-        find = variants.resolve_preference if plain in PREFERENCES else variants.resolve
+        find = variants.resolve_preference if plain in PREFERENCES or plain in PAIR_PRESETS else variants.resolve
         return find(algorithm, document.values if changed else {})[1]
 
     if others:
@@ -88,7 +92,7 @@ def show_algorithms(name: str, words: Sequence[str]) -> None:
         return
     row = row_of(name, True)
     preset = name.replace("-", "_")
-    more = ["", *described(preset, {})] if preset in PRESETS else variants.origin(name).lines(row)[1:]
+    more = ["", *described(preset, {})] if preset in PRESETS or preset in PAIR_PRESETS else variants.origin(name).lines(row)[1:]
     _print(Text(card(row)), *(Text(line) for line in more))
 
 

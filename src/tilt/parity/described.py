@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from tilt.parity.presets import PRESETS
+from tilt.parity.presets import PAIR_PRESETS, PRESETS
 from tilt.parity.quirks import MEANING, Quirks
 
 
 def described(name: str, switched: Mapping[str, bool]) -> list[str]:
     """Lines for the card of a preset: every quirk, on or off, with what is done and what would be right."""
+    if name in PAIR_PRESETS:
+        pairs = PAIR_PRESETS[name]
+        return [f"parity with {pairs.source}", _defaults(pairs.settings), *_corrected(pairs.corrections)]
     preset = PRESETS[name]
     quirks = replace(preset.quirks, **switched)
     lines = [f"parity with {preset.source}"]
@@ -20,11 +23,15 @@ def described(name: str, switched: Mapping[str, bool]) -> list[str]:
             does, right = MEANING[f.name]
             state = "on " if getattr(quirks, f.name) else "off"
             lines.append(f"  {state} {f.name}: {does}; corrected: {right}")
-    lines.append(
-        "  defaults: "
-        + ", ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in flat(preset.settings))
-    )
-    return [*lines, *(f"  corrected on purpose: {does} → {right}" for does, right in preset.corrections)]
+    return [*lines, _defaults(preset.settings), *_corrected(preset.corrections)]
+
+
+def _defaults(settings: Mapping[str, Any]) -> str:
+    return "  defaults: " + ", ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in flat(settings))
+
+
+def _corrected(corrections: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"  corrected on purpose: {does} → {right}" for does, right in corrections]
 
 
 def flat(settings: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:

@@ -10,10 +10,12 @@ from typing import Any
 from tilt.objectives import (
     GAE,
     K3,
+    PREFERENCES,
     Clip,
     GroupRelative,
     NoPenalty,
     Objective,
+    Preference,
     ProductRatio,
     SequenceAverage,
     TokenAverage,
@@ -98,3 +100,29 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
          ("pad = eos or not decides by the tokenizer", "stop_is_pad decides"))),
 })
 # fmt: on
+
+
+@dataclass(frozen=True)
+class PairPreset:
+    """A row on pairs, the library's defaults as settings of the recipe that trains it, and what a run does differently on purpose."""
+
+    row: Preference
+    settings: Mapping[str, Any]
+    source: str
+    corrections: tuple[tuple[str, str], ...]
+
+
+DEEPSPEED_STEP = {"schedule": "cosine", "warmup": 0, "weight_decay": 0.0, "betas": (0.9, 0.95), "clip_norm": 1.0}
+
+PAIR_PRESETS: Mapping[str, PairPreset] = MappingProxyType({
+    "rm_deepspeed_chat": PairPreset(
+        PREFERENCES["rm_deepspeed_chat"], {"epochs": 1.0, "batch": 16, "optimizer": {"lr": 5e-5, **DEEPSPEED_STEP}}, "DeepSpeedExamples 83757d9, step 2",
+        (("skips num_padding_at_beginning pads before it looks for the end of an answer", "an answer ends where it ends: nothing is padded in front"),
+         ("an equal pair is compared at the last position of the padded row", "at the last token of the answer; it costs log 2 either way"))),
+    "dpo_deepspeed_chat": PairPreset(
+        PREFERENCES["dpo"], {"epochs": 1.0, "batch": 16, "optimizer": {"lr": 1e-3, **DEEPSPEED_STEP}}, "DeepSpeedExamples 83757d9, the DPO step",
+        (("leaves the common beginning of the two answers out of their log-probabilities, so the rewards it reports differ; the loss does not",
+          "sums the whole answer"),
+         ("its evaluation reports the rewards of the last batch alone", "of all held-out pairs"),
+         ("the learning rate is 1e-3, its scripts use 5e-5", "the default stands; set optimizer.lr"))),
+})  # fmt: skip

@@ -24,6 +24,7 @@ from tilt.recipes import judging, opening, planning
 from tilt.recipes.finishing import Result, keeping, saved
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.settings import ReferenceUpdate, Training
+from tilt.recipes.variants import preset_settings
 
 Precision = Callable[[], AbstractContextManager[object]]
 IMPORTANT = ("loss", "accuracy", "margin", "eval/accuracy", "eval/margin", "grad_norm", "lr")
@@ -45,6 +46,12 @@ class Config(Training):
     reference: Annotated[str | None, Field(description="another reference; without it the policy as it starts")] = None
     reference_update: ReferenceUpdate = ReferenceUpdate()
     eval_every: Annotated[int, Field(ge=0, description="steps between evaluations; 0 = before and after only")] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        """A parity preset brings the defaults of its library; what is given stands."""
+        return preset_settings(given)
 
     @model_validator(mode="after")
     def _possible(self) -> Config:

@@ -12,6 +12,7 @@ from tilt.data.rendering import Renderer
 from tilt.errors import UsageError
 from tilt.learning.judged import Judged, judged, with_mismatched
 from tilt.objectives import Preference, card
+from tilt.parity import PAIR_PRESETS, described
 from tilt.recipes import opening
 from tilt.recipes.variants import VariantError, origin, override, resolve_preference
 from tilt.runs.directory import RunDirectory
@@ -101,7 +102,8 @@ def stem(name: str) -> str:
 
 def describe(directory: RunDirectory, algorithm: str, name: str, row: Preference) -> None:
     """objective.txt: the row in full, where it came from, and its card."""
-    text = "\n".join([*origin(algorithm).lines(row), "", card(row, name=name)])
+    parity = ["", *described(name, {})] if name in PAIR_PRESETS else []
+    text = "\n".join([*origin(algorithm).lines(row), "", card(row, name=name), *parity])
     atomic_write(directory.path / "objective.txt", text + "\n")
 
 

@@ -22,7 +22,7 @@ from tilt.recipes import judging, opening, planning
 from tilt.recipes.finishing import Result, keeping, saved
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.settings import Training
-from tilt.recipes.variants import override
+from tilt.recipes.variants import override, preset_settings
 
 IMPORTANT = ("loss", "accuracy", "margin", "eval/accuracy", "eval/loss", "grad_norm", "lr")
 
@@ -50,6 +50,12 @@ class Config(Training):
     ] = 0.0
     eval_every: Annotated[int, Field(ge=0, description="steps between evaluations; 0 = before and after only")] = 0
     normalise: Annotated[bool, Field(description="scale the score layer so that the scores of training answers have deviation 1")] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        """A parity preset brings the defaults of its library; what is given stands."""
+        return preset_settings(given)
 
     @model_validator(mode="after")
     def _possible(self) -> Config:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from tilt.config import build_piece, hint
 from tilt.errors import UsageError
 from tilt.objectives import ALGORITHMS, PIECES, PREFERENCES, Objective, Preference
-from tilt.parity import PRESETS, Quirks
+from tilt.parity import PAIR_PRESETS, PRESETS, Quirks
 
 R = TypeVar("R", Objective, Preference)
 
@@ -65,7 +65,8 @@ def optimised(algorithm: str, overrides: Mapping[str, Any], quirks: Mapping[str,
 def preset_settings(given: Any) -> Any:
     """Settings of a run with those of the parity preset that they name, if any, laid under them."""
     name = str(given.get("algorithm", "")).replace("-", "_") if isinstance(given, Mapping) else ""
-    return _under(PRESETS[name].settings, given) if name in PRESETS else given
+    found = PRESETS.get(name) or PAIR_PRESETS.get(name)
+    return given if found is None else _under(found.settings, given)
 
 
 def _under(below: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,7 +78,10 @@ def _under(below: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def resolve_preference(algorithm: str, overrides: Mapping[str, Any]) -> tuple[str, Preference]:
-    """The same for rows on pairs: `reward_model`, `dpo`, or `file.py:NAME`."""
+    """The same for rows on pairs: `reward_model`, `dpo`, a parity preset, or `file.py:NAME`."""
+    name = algorithm.replace("-", "_")
+    if name in PAIR_PRESETS:
+        return name, override(PAIR_PRESETS[name].row, overrides)
     return _resolve(algorithm, overrides, PREFERENCES, Preference)
 
 
@@ -88,7 +92,7 @@ def _resolve(algorithm: str, overrides: Mapping[str, Any], table: Mapping[str, R
     if name in table:
         return name, override(table[name], overrides)
     other = next((recipe for recipe, rows in (("rl", ALGORITHMS), ("dpo or rm", PREFERENCES)) if name in rows), None)
-    why = f"it is a row of `tilt {other}`" if other else hint(algorithm, [*table, *(PRESETS if kind is Objective else ())])
+    why = f"it is a row of `tilt {other}`" if other else hint(algorithm, [*table, *(PRESETS if kind is Objective else PAIR_PRESETS)])
     raise VariantError(f"unknown algorithm `{algorithm}`: {why}\n`tilt algorithms` shows the table; `file.py:NAME` names a row of your own")
 
 
