@@ -92,7 +92,7 @@ def test_the_rows_of_the_readme_exist_and_the_page_that_it_names_has_all() -> No
 def test_every_command_that_is_named_exists() -> None:
     texts = README + "".join(DOCS.values())
     named = {word.replace("-", "_") for word in re.findall(r"(?:^|[`/ ])tilt ([a-z][a-z-]+)", texts, re.MULTILINE)}
-    known = {name.replace("-", "_") for name in _known()} | set(ALGORITHMS)
+    known = {name.replace("-", "_") for name in _known()} | set(ALGORITHMS) | set(PREFERENCES)
     prose = {"trains", "does", "reads", "has", "is", "never", "keeps"}
     assert named - known - prose == set()
 

@@ -11,7 +11,7 @@ import pytest
 from tilt.config import Section, parse
 from tilt.errors import UsageError
 from tilt.objectives import ALGORITHMS, GAE, K3, PREFERENCES, Clip, GroupRelative, NoPenalty, Objective, TwoSided
-from tilt.recipes.variants import VariantError, origin, override, resolve, resolve_preference
+from tilt.recipes.variants import VariantError, judges, origin, override, resolve, resolve_preference
 
 VARIANT = """
 from __future__ import annotations
@@ -110,6 +110,12 @@ def test_a_row_of_your_own_and_its_record(variant: Path) -> None:
     lines = found.lines(row)
     assert lines[0] == "algorithm: SOFT" and "Soft(width=0.25)" in lines[1] and found.sha256 in lines[2] and str(variant) in lines[2]
     assert origin("ppo").lines(ALGORITHMS["ppo"]) == ["algorithm: ppo", f"objective: {ALGORITHMS['ppo']!r}"]
+
+
+def test_which_table_a_row_belongs_to(variant: Path) -> None:
+    variant.write_text(VARIANT + "\nfrom tilt.objectives import PREFERENCES\nPAIRED = PREFERENCES['ipo']\n")
+    assert judges("rm-deepspeed-chat") and judges(f"{variant}:PAIRED") and not judges("grpo") and not judges(f"{variant}:SOFT")
+    assert resolve_preference(f"{variant}:PAIRED", {"link": {"beta": 0.2}})[1].link.beta == 0.2  # type: ignore[union-attr]
 
 
 def test_a_changed_file_is_read_again(variant: Path) -> None:

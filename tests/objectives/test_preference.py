@@ -25,8 +25,10 @@ from tilt.objectives import (
     DivergentSpan,
     Even,
     Fidelity,
+    ForwardKL,
     Hinge,
     ImplicitReward,
+    JensenShannon,
     Likelihood,
     Logistic,
     MismatchedKL,
@@ -43,6 +45,8 @@ from tilt.objectives import (
     SortedAnswers,
     SortedMargins,
     Span,
+    Squared,
+    WinRate,
     Zero,
     pull,
 )
@@ -694,6 +698,28 @@ def test_rows_and_pieces_that_cannot_be(make: Callable[[], object], reason: str)
     with pytest.raises(UsageError) as caught:
         make()
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [ImplicitReward, ForwardKL, JensenShannon, AlphaDivergence, Likelihood, Squared, WinRate])
+@pytest.mark.parametrize("beta", [0.0, -0.1, math.inf, math.nan])
+def test_a_strength_is_a_number_above_nought(kind: Any, beta: float) -> None:
+    with pytest.raises(UsageError, match=f"{kind.__name__}: beta={beta} must be above 0"):
+        kind(beta=beta)
+
+
+@pytest.mark.parametrize("kind, field, inside, outside", [
+    (Logistic, "smoothing", [0, 1], [-0.1, 1.1]), (Robust, "smoothing", [0, 0.49], [-0.1, 0.5]), (ReverseKL, "smoothing", [0.01, 0.49], [0, 0.5]),
+    (Hinge, "distance", [0.1], [0, -1]), (Fidelity, "target", [0.51, 1], [0.5, 1.1]), (DiscoPop, "temperature", [0.01], [0, -1]),
+    (Prospect, "desirable", [0.1], [0, math.inf]), (Prospect, "undesirable", [0.1], [0, math.inf]), (ImplicitReward, "tail", [0, 1], [-0.1, 1.1]),
+    (AlphaDivergence, "alpha", [0, 0.99], [-0.1, 1]), (Constant, "factor", [0.1], [0, math.inf]), (Confidence, "cap", [0.1, math.inf], [0, -1]),
+    (Centring, "coefficient", [0, 1], [-1]), (ChosenNLL, "coefficient", [0, 1], [-1]), (RunningMean, "count", [0, 1], [-1]),
+])  # fmt: skip
+def test_limits_of_pieces(kind: Any, field: str, inside: list[float], outside: list[float]) -> None:
+    for value in inside:
+        assert getattr(kind(**{field: value}), field) == value
+    for value in outside:
+        with pytest.raises(UsageError, match=field):
+            kind(**{field: value})
 
 
 def test_check_says_which_data_serve() -> None:

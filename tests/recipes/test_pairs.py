@@ -134,6 +134,23 @@ def test_discopop_at_its_own_temperature_needs_a_start(run_dpo, run_sft, pairs):
     assert result.before["margin"] > 0.1 and result.after["accuracy"] == 1.0 and result.after["margin"] > result.before["margin"] + 0.2
 
 
+def test_a_row_of_your_own(run_dpo, tmp_path):
+    """A link is a frozen dataclass with __call__(margin, probability); its row is trained by name and stands in the run's record."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import dataclass, replace\nimport torch\nfrom tilt.objectives import PREFERENCES\n"
+        "from tilt.objectives.links import expected\n\n@dataclass(frozen=True)\nclass Exponential:\n"
+        '    """exp(-h)."""\n    scale: float = 1.0\n    def __call__(self, margin, probability):\n'
+        "        return expected(lambda h: (-self.scale * h).exp(), margin, probability)\n\nMINE = replace(PREFERENCES['dpo'], link=Exponential())\n"
+    )
+    result = run_dpo(
+        algorithm=f"{file}:MINE", objective={"link": {"scale": 2.0}}, beta=0.2, steps=30, batch=16, optimizer={"lr": 1e-2}, save=False
+    )
+    assert result.after["accuracy"] == 1.0 and result.directory.name.startswith("mine-")
+    text = (result.directory.path / "objective.txt").read_text()
+    assert "Exponential(scale=2.0)" in text and "beta=0.2" in text and "sha256" in text and "not known for this link" in text
+
+
 @pytest.fixture
 def write(tmp_path):
     def make(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def show_algorithms(name: str, words: Sequence[str]) -> None:
         plain = algorithm.replace("-", "_")
         if plain in PRESETS:
             return variants.override(PRESETS[plain].row, document.values if changed else {})
-        find = variants.resolve_preference if plain in PREFERENCES or plain in PAIR_PRESETS else variants.resolve
+        find = variants.resolve_preference if variants.judges(algorithm) else variants.resolve
         return find(algorithm, document.values if changed else {})[1]
 
     if others:

@@ -77,6 +77,14 @@ def _under(below: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     return {**below, **given, **nested}
 
 
+def judges(algorithm: str) -> bool:
+    """Whether a name, or NAME in `file.py:NAME`, is a row of the second table, on judged answers."""
+    path, _, name = algorithm.rpartition(":")
+    if not path.endswith(".py"):
+        return algorithm.replace("-", "_") in {*PREFERENCES, *PAIR_PRESETS}
+    return isinstance(getattr(import_file(Path(path)), name, None), Preference)
+
+
 def resolve_preference(algorithm: str, overrides: Mapping[str, Any]) -> tuple[str, Preference]:
     """The same for rows on pairs: `reward_model`, `dpo`, a parity preset, or `file.py:NAME`."""
     name = algorithm.replace("-", "_")
