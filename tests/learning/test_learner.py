@@ -358,3 +358,25 @@ def test_the_average_of_the_weights_is_its_recursion(make, batch, rewards):
     with learner.ema.applied():
         assert all(torch.equal(a, p) for a, p in zip(learner.ema.weights, learner.policy.parameters(), strict=True))
     assert all(torch.equal(a, p) for a, p in zip(own, learner.policy.parameters(), strict=True))
+
+
+@dataclass(frozen=True)
+class Visits:
+    """A measure that counts the micro-batches of an update and their sequences."""
+
+    def batch(self, rewards, signals, layout):
+        return {}
+
+    def part(self, outputs, experience):
+        return experience.layout.sequences
+
+    def update(self, parts):
+        return {"visits": torch.tensor(float(len(parts))), "sequences": torch.tensor(float(sum(parts)))}
+
+
+def test_a_measure_sees_every_micro_batch_and_moves_nothing(make, gradients, batch, rewards):
+    row = replace(ALGORITHMS["dapo"], measures=(Visits(),))
+    found, report, _ = gradients(make(Passes(2, 1, 17)), batch, rewards, row)
+    plain, bare, _ = gradients(make(Passes(2, 1, 17)), batch, rewards, ALGORITHMS["dapo"])
+    assert report.metrics["sequences"] == 2 * 11 and report.metrics["visits"] > 2  # every scored answer, on both passes
+    assert "visits" not in bare.metrics and all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, plain, strict=True))

@@ -470,3 +470,40 @@ def test_outputs_without_values_are_enough_for_rows_without_a_critic(f: Any) -> 
     row = ALGORITHMS["grpo"]
     loss = row.loss(Outputs.of(f.outputs().logprobs), row.prepare(f.rewards, f.signals, f.layout))
     assert loss.isfinite()
+
+
+def test_a_credit_may_give_the_critic_a_target_after_the_last_action(f: Any) -> None:
+    """That state weighs what the last action weighs; a sequence without a target (NaN) has none, and parts of the batch add up."""
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Further(library.GAE):
+        def __call__(self, rewards: Rewards, signals: Signals, layout: Layout) -> library.Credited:
+            return super().__call__(rewards, signals, layout)._replace(final=double(0.5, torch.nan, -0.5, 1.0))
+
+    row = replace(ALGORITHMS["ppo"], credit=Further(kl=0.05), average=SequenceAverage(), value=ValueLoss(0.3, 0.2))
+    plain = replace(row, credit=library.GAE(kl=0.05))
+    signals = replace(f.signals, final=double(0.1, 0.2, 0.3, 0.4))
+    old, new, goal = [0.1, 0.2, 0.3, 0.4], [0.6, 0.2, -0.3, 0.5], [0.5, None, -0.5, 1.0]
+    expected = 0.0
+    for i, n in enumerate((3, 2, 4, 1)):
+        if goal[i] is not None:
+            near = min(max(new[i], old[i] - 0.2), old[i] + 0.2)
+            expected += 0.5 * max((new[i] - goal[i]) ** 2, (near - goal[i]) ** 2) / (4 * n)
+    experience, bare = row.prepare(f.rewards, signals, f.layout), plain.prepare(f.rewards, signals, f.layout)
+    final = double(*new).requires_grad_()
+    outputs = replace(f.outputs(), final=final)
+    more = row.loss(outputs, experience) - plain.loss(outputs, bare)
+    assert more.item() == pytest.approx(0.3 * expected, abs=1e-12)
+    more.backward()
+    assert final.grad is not None and final.grad[1] == 0 and final.grad[3] != 0
+    total, weight = row.metrics(outputs, experience)["loss/value_avg"]
+    assert (total / weight).item() == pytest.approx(plain.metrics(outputs, bare)["loss/value_avg"][0].item() + expected, abs=1e-12)
+    parts = 0.0
+    for sequences in (torch.tensor([2, 0]), torch.tensor([1, 3])):
+        actions = f.layout.actions_of(sequences)
+        part = Outputs.of(outputs.logprobs[actions], values=outputs.values[actions], final=final[sequences])
+        parts += row.loss(part, experience.take(sequences)).item()
+    assert parts == pytest.approx(row.loss(outputs, experience).item(), abs=1e-12)
+    unscored = replace(f.rewards, scored=torch.tensor([True, True, False, True]))
+    assert row.prepare(unscored, signals, f.layout).final.isnan().tolist() == [False, True, True, False]
