@@ -227,7 +227,7 @@ def test_preset_equals_its_loop(name: str, padded: Any, micro: int) -> None:
 
 def test_whitened_rewards_equal_the_loop(padded: Any) -> None:
     expected = trl_ppo(padded, leaves(padded.new), leaves(padded.new_value), 0, whiten_rewards=True)
-    found = window_credit(TRL.row.credit, padded.window, TRL.quirks, whiten_rewards=True)
+    found = window_credit(replace(TRL.row.credit, whiten_rewards=True), padded.window, TRL.quirks)
     close(found.rewards, expected.rewards)
     close(found.advantages, expected.advantages)
 
@@ -260,7 +260,7 @@ EIGHT = 5.1e-9
 
 def digits(case: Any, name: str, quirks: Quirks, **more: object) -> tuple:
     row = PRESETS[name].row
-    credit = window_credit(row.credit, case.window, quirks, **more)  # type: ignore[arg-type]
+    credit = window_credit(replace(row.credit, **more), case.window, quirks)
     return credit, window_loss(row, case.window, credit, grid(case.new), grid(case.new_value), quirks)
 
 

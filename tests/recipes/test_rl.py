@@ -99,9 +99,11 @@ def test_a_mask_is_taken_again_every_so_many_steps(run_rl, metrics, monkeypatch)
 
 
 def test_every_metric_has_a_line_in_the_glossary(run_rl, run_sft, metrics, rows):
-    known = {name.replace("<part>", "variety") for name in GLOSSARY}
+    known = {name.replace("<part>", part) for name in GLOSSARY for part in ("variety", "missing_stop")}
     beside = {"pretrain_data": {"source": str(rows), "read_as": "sft", "batch": 4}, "pretrain_coefficient": 1.0, "ema": 0.9}
-    for result in (run_rl(algorithm="ppo", measure=[variety], **beside), run_sft(reward=variety, eval={"every": 1})):
+    reward = {"function": variety, "normalise": True}
+    more = {"reward": reward, "missing_stop_penalty": 0.1, "keep": {"mixed": True}}
+    for result in (run_rl(algorithm="ppo", measure=[variety], **beside, **more), run_sft(reward=variety, eval={"every": 1})):
         seen = {name for line in metrics(result) for name in line} - {"step", "time"}
         assert sorted(seen - known) == []
 
@@ -291,6 +293,40 @@ def test_with_an_adapter_the_reference_is_exact(run_rl, metrics, trained):
     assert abs(lines[-1]["eval/kl"]) > 1e-4
 
 
+# --- the scale of rewards --------------------------------------------------------------------------------------------------------
+
+
+def test_several_rewards_each_on_its_own_scale(run_rl, metrics):
+    reward = [variety, {"length": {"high": 2, "ramp": 4}, "weight": 0.5}]
+    summed, apart = (metrics(run_rl(reward=reward, objective=given)) for given in ({}, {"credit": "parts_relative"}))
+    assert summed[0]["reward"] == apart[0]["reward"] and summed[0]["loss/policy_avg"] != apart[0]["loss/policy_avg"]
+    assert apart[0]["grad_norm"] > 0 and apart[0]["reward/length"] == summed[0]["reward/length"]
+
+
+def test_a_normalised_reward_is_normalised_in_training_and_plain_in_evaluation(run_rl, metrics, trained):
+    policy, judge = trained
+    plain, scaled = (
+        metrics(
+            run_rl(
+                algorithm="ppo", model=str(policy), reward={"model": str(judge), "name": "rm", "normalise": normalise}, eval={"every": 1}
+            )
+        )
+        for normalise in (False, True)
+    )
+    assert plain[0]["eval/reward"] == scaled[0]["eval/reward"] and plain[0]["reward/rm"] == scaled[0]["reward/rm"]
+    assert scaled[0]["reward"] == pytest.approx(0.0, abs=1e-5) and scaled[0]["objective/scores_std"] == pytest.approx(1.0, abs=1e-4)
+    assert scaled[0]["reward/rm_running_mean"] == pytest.approx(scaled[0]["reward/rm"], abs=1e-5)
+
+
+def test_a_reward_is_clipped_before_the_penalty_for_a_missing_stop(run_rl, metrics):
+    line = metrics(run_rl(reward_clip=1.5, missing_stop_penalty=0.25, sampling={"max_tokens": 3}))[0]
+    assert line["reward/variety"] > 1.5 > line["reward"] and line["reward/missing_stop"] == pytest.approx(-line["length/truncated"])
+    assert (
+        line["reward"] >= 1.0 - 0.25
+        and run_rl(objective={"credit": {"gae": {"whiten_rewards": True}}}, algorithm="ppo").checkpoint.exists()
+    )
+
+
 # --- pretraining beside, and the average of the weights --------------------------------------------------------------------------
 
 
@@ -382,6 +418,13 @@ def test_a_trust_region_run_says_what_each_step_did(run_rl, metrics):
         ({"pretrain_coefficient": 1.0}, "pretrain_data and pretrain_coefficient go together"),
         ({"pretrain_data": "texts.txt"}, "pretrain_data and pretrain_coefficient go together"),
         ({"ema": 1.0}, "less than 1"),
+        ({"reward_clip": 0.0}, "greater than 0"),
+        ({"reward_clip": 1.0, "objective": {"credit": "parts_relative"}}, "reward_clip holds the weighted sum"),
+        (
+            {"reward": {"length": 3, "normalise": True}, "objective": {"credit": "parts_relative"}},
+            "parts_relative normalises every part itself",
+        ),
+        ({"reward": {"length": 3, "normalise": True}, "stop_rise": 1.0}, "whose part length is normalised"),
         ({"algorithm": "distill"}, "set reference to the teacher's path"),
         ({"measure": "exact:3"}, "does not name a reward function"),
     ],

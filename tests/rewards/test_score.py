@@ -15,7 +15,7 @@ from tilt.errors import DataError, UsageError
 from tilt.rewards import RULES, Scored, Scorer, Text, build, check, parse, read
 from tilt.rewards.check import separation
 from tilt.rewards.rules import Length, Numeric
-from tilt.rewards.score import Part
+from tilt.rewards.score import Part, Running
 from tilt.rewards.spec import COMMON, Function, Model, RewardSpec
 from tilt.rewards.text import inert
 
@@ -228,3 +228,60 @@ def test_separation_is_the_probability_of_the_right_order() -> None:
     pairs = [(a > b) + 0.5 * (a == b) for a in high for b in low]
     assert separation(high, low) == pytest.approx(sum(pairs) / len(pairs))
     assert separation([1, 2], [0, 1]) == 0.875
+
+
+# --- normalised parts and the penalty as a part ------------------------------------------------------------------------------------
+
+
+def test_running_figures_are_those_of_everything_seen() -> None:
+    running, every = Running(), []
+    generator = torch.Generator().manual_seed(0)
+    for n in (5, 1, 0, 7):
+        batch = 1e3 + torch.randn(n, generator=generator)
+        running.see(torch.cat([batch, torch.tensor([math.nan])]))
+        every.append(batch)
+    seen = torch.cat(every).double()
+    assert running.mean == pytest.approx(float(seen.mean()), abs=1e-9) and running.deviation == pytest.approx(
+        float(seen.std(correction=0)), abs=1e-6
+    )
+    assert running(torch.tensor([running.mean, math.nan])).isnan().tolist() == [False, True]
+    same = Running()
+    same.see(torch.tensor([2.0, 2.0]))
+    assert same(torch.tensor([2.0, 5.0, math.nan])).tolist()[:2] == [0.0, 0.0]
+
+
+def test_a_normalised_part_is_normalised_in_training_alone() -> None:
+    values = [[1.0, 3.0], [5.0, 7.0], [5.0, 7.0]]
+    scorer = Scorer([Part("x", 2.0, lambda rollouts, texts: Scored(values.pop(0)), Running()), part("y", 1.0, [10.0, 20.0])])
+    two = [rollout(0), rollout(1)]
+    texts = [Text("p", "c")] * 2
+    first = scorer(two, texts, training=True)
+    assert (
+        first.total.tolist() == [2 * -1 + 10, 2 * 1 + 20]
+        and first.parts["x"].tolist() == [1, 3]
+        and scorer.report.running == {"x": (2.0, 1.0)}
+    )
+    second = scorer(two, texts, training=True)
+    deviation = math.sqrt(5)  # of 1 3 5 7, whose mean is 4
+    assert second.total.tolist() == pytest.approx([2 * 1 / deviation + 10, 2 * 3 / deviation + 20])
+    assert scorer.report.metrics()["reward/x_running_std"][0] == pytest.approx(deviation)
+    plain = scorer(two, texts)
+    assert plain.total.tolist() == [20, 34] and scorer.report.running == {}
+
+
+def test_the_penalty_is_a_part_of_its_own() -> None:
+    scorer = Scorer([part("x", 2.0, [1.0, None])], missing_eos_penalty=0.25)
+    found = scorer([rollout(0, stop="length"), rollout(1)], [Text("p", "c")] * 2)
+    assert found.parts["missing_stop"].tolist() == [-1, 0] and found.weights == {"x": 2.0, "missing_stop": 0.25}
+    assert found.total.tolist() == [1.75, 0] and found.scored.tolist() == [True, False]
+    assert "missing_stop" not in Scorer([part("x", 2.0, [1.0])])([rollout(0)], [Text("p", "c")]).parts
+    with pytest.raises(UsageError, match="a part named missing_stop"):
+        Scorer([part("missing_stop", 1.0, [1.0])])
+
+
+def test_normalise_is_a_setting_of_every_kind_of_reward() -> None:
+    specs = parse([{"length": {"high": 3, "normalise": True}}, {"model": "runs/rm", "normalise": True}, {"exact": {}}])
+    assert [spec.normalise for spec in specs] == [True, True, False]
+    assert build([{"length": {"high": 3, "normalise": True}}]).parts[0].running == Running()
+    with pytest.raises(UsageError, match="expected true or false"):
+        parse({"length": 3, "normalise": 1})

@@ -12,6 +12,7 @@ from tilt.objectives.control import NoBonus, NoControl
 from tilt.objectives.corrections import HighEntropy
 from tilt.objectives.credit import GAE, GroupRelative, Imitate, ProcessRelative, Return, ReturnToGo, Teacher
 from tilt.objectives.objective import Objective
+from tilt.objectives.parts import PartsRelative
 from tilt.objectives.penalty import K1, K2, K3, ExactKL, NoPenalty, OldKL, TrustRegion
 from tilt.objectives.policy import (
     ClippedGeometricRatio,
@@ -129,6 +130,10 @@ def _statistics(credit: object) -> str:
             "whitened": f"whitened over the batch's actions, divisor n - {credit.ddof}, eps {credit.eps:g}",
         }[credit.scale]
         return noise + "; groups of equal rewards have advantage exactly 0, decided by max = min"
+    if isinstance(credit, PartsRelative):
+        return (
+            f"standard deviation of each part in each group, and of their sum over the batch, divisor n - {credit.ddof}, + {credit.eps:g}"
+        )
     if isinstance(credit, ProcessRelative):
         return f"standard deviation of the step rewards of each group, divisor n - {credit.ddof}, + {credit.eps:g}"
     if isinstance(credit, ReturnToGo) and credit.whitened:
@@ -196,6 +201,8 @@ def unbiased_for(objective: Objective) -> str:
             else "of neither tokens nor answers"
         )
         return f"-grad KL(policy || teacher) {how}; {_average_effect(objective, 'the divergence') or 'exact'}; stated at policy = old"
+    if isinstance(credit, PartsRelative):
+        return "the sum of the parts, each on the scale of its spread in its group: not the gradient of J"
     if isinstance(credit, ProcessRelative):
         return "the normalised step rewards still to come, each group on a scale of its own: not the gradient of J"
     kl = getattr(credit, "kl", 0.0)

@@ -78,6 +78,12 @@ def whiten(x: PerAction, seen: ActionMask, ddof: int, eps: float) -> PerAction:
     return torch.where(seen & ~flat, away * ((away * away).sum() / (count - ddof) + eps).rsqrt(), 0)
 
 
+def whitened_rewards(x: PerAction, seen: ActionMask) -> PerAction:
+    """(x - mean) / sqrt(var + 1e-8) + mean over the seen actions, divisor n - 1, the mean added back (TRL's whiten_rewards); 0 elsewhere."""
+    mean = torch.where(seen, x, 0).sum() / seen.sum()
+    return torch.where(seen, whiten(x, seen, 1, 1e-8) + mean, 0)
+
+
 def check_fraction(piece: object, **numbers: float) -> None:
     """Refuse a discount outside [0, 1]."""
     for name, number in numbers.items():
@@ -136,7 +142,8 @@ class Return(Credit):
 class ReturnToGo(Credit):
     """A_t = sum_{k>=t} gamma^(k-t) r_k - b; b is 0, the critic's value of the state, or the mean return of the prompt's answers.
 
-    With `kl` r_t carries -kl (l_old - l_ref)_t. `whitened`: minus the mean, over the standard deviation (divisor n - ddof), over all actions of the batch.
+    With `kl` r_t carries -kl (l_old - l_ref)_t. `whitened`: minus the mean, over the standard deviation (divisor n - ddof), over all actions of the batch;
+    `whiten_rewards`: the same of r_t, divisor n - 1, with the mean added back.
     """
 
     gamma: float = 1.0
@@ -144,6 +151,7 @@ class ReturnToGo(Credit):
     baseline: Literal["none", "group_mean", "critic"] = "none"
     whitened: bool = False
     ddof: Literal[0, 1] = 0
+    whiten_rewards: bool = False
 
     def __post_init__(self) -> None:
         check_fraction(self, gamma=self.gamma)
@@ -159,6 +167,8 @@ class ReturnToGo(Credit):
 
     def __call__(self, rewards: Rewards, signals: Signals, layout: Layout) -> Credited:
         steps = shaped(rewards, signals, layout, self.kl)
+        if self.whiten_rewards:
+            steps = whitened_rewards(steps, spread(rewards.scored, layout))
         returns = discounted_sums(steps, layout, self.gamma)
         advantages = returns
         if self.baseline == "critic":
@@ -175,7 +185,8 @@ class GAE(Credit):
     """A_t = sum_k (gamma lam)^k delta_{t+k}, delta_t = r_t + gamma V_{t+1} - V_t (1506.02438); critic target A_t + V_t.
 
     `signals.final` is the value after the last action: 0 where the answer ended by itself, the critic's where it was cut.
-    The score is clamped to +-clip_reward before -kl (l_old - l_ref)_t is added. `whitened`: mean 0, variance 1 over the batch's actions (divisor n - 1, + 1e-8).
+    The score is clamped to +-clip_reward before -kl (l_old - l_ref)_t is added. `whitened`: mean 0, variance 1 over the batch's actions (divisor n - 1, + 1e-8);
+    `whiten_rewards`: the same of r_t, with the mean added back.
     """
 
     gamma: float = 1.0
@@ -183,6 +194,7 @@ class GAE(Credit):
     kl: float = 0.0
     clip_reward: float = inf
     whitened: bool = True
+    whiten_rewards: bool = False
 
     def __post_init__(self) -> None:
         check_fraction(self, gamma=self.gamma, lam=self.lam)
@@ -195,7 +207,10 @@ class GAE(Credit):
     def __call__(self, rewards: Rewards, signals: Signals, layout: Layout) -> Credited:
         clamped = replace(rewards, total=rewards.total.clamp(-self.clip_reward, self.clip_reward))
         following = signals.values.roll(-1).index_copy(0, layout.last, signals.final)
-        delta = shaped(clamped, signals, layout, self.kl) + self.gamma * following - signals.values
+        steps = shaped(clamped, signals, layout, self.kl)
+        if self.whiten_rewards:
+            steps = whitened_rewards(steps, spread(rewards.scored, layout))
+        delta = steps + self.gamma * following - signals.values
         advantages = discounted_sums(delta, layout, self.gamma * self.lam)
         returns = advantages + signals.values
         if self.whitened:

@@ -24,6 +24,7 @@ from tilt.objectives.links import (
     WinRate,
 )
 from tilt.objectives.margins import AlphaDivergence, ForwardKL, ImplicitReward, JensenShannon, Likelihood, LogOdds, ScoreMargin
+from tilt.objectives.parts import PartsRelative
 from tilt.objectives.penalty import K1, K2, K3, ExactKL, NoPenalty, OldKL, TrustRegion
 from tilt.objectives.policy import (
     CappedScore,
@@ -50,7 +51,7 @@ from tilt.objectives.value import NoValue, ValueLoss
 # fmt: off
 PIECES: Mapping[str, Mapping[str, type]] = MappingProxyType({
     "credit":      {"imitate": Imitate, "return": Return, "return_to_go": ReturnToGo, "gae": GAE, "group_relative": GroupRelative,
-                    "process_relative": ProcessRelative, "teacher": Teacher},
+                    "parts_relative": PartsRelative, "process_relative": ProcessRelative, "teacher": Teacher},
     "ratio":       {"none": NoRatio, "token": TokenRatio, "product": ProductRatio, "geometric": GeometricRatio, "geometric_token": GeometricTokenRatio,
                     "clipped_geometric": ClippedGeometricRatio},
     "surrogate":   {"score": Score, "importance": Importance, "clip": Clip, "two_sided": TwoSided, "capped_score": CappedScore, "soft_gate": SoftGate,

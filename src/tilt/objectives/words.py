@@ -10,6 +10,7 @@ from typing import Any
 from tilt.objectives.control import Doubling, EntropyBonus, EntropyTarget, NoBonus, NoControl, Proportional
 from tilt.objectives.corrections import HighEntropy, MaskedImportance, SequenceMask, TruncatedImportance
 from tilt.objectives.credit import GAE, GroupRelative, Imitate, ProcessRelative, Return, ReturnToGo, Teacher
+from tilt.objectives.parts import PartsRelative
 from tilt.objectives.penalty import K1, K2, K3, ExactKL, NoPenalty, OldKL, TrustRegion
 from tilt.objectives.pieces import PIECES
 from tilt.objectives.policy import (
@@ -69,6 +70,7 @@ def _estimate(piece: K1 | K2 | K3, kind: str) -> str:
     return f"{piece.beta:g} {weight}{kind.format(u[0])}, {u[0].removesuffix('_t')} = {u[1]}"
 
 
+_WHITENED = ", rewards whitened over the batch with their mean added back"
 _BASELINES = {"none": "", "group_mean": " - mean return of the prompt's answers", "critic": " - V_t"}
 _SCALES = {"none": "", "group_std": " / std(group)", "batch_std": " / std(batch)", "whitened": ", whitened over the batch"}
 
@@ -78,16 +80,17 @@ WORDS: Mapping[type, Callable[[Any], str]] = {
     Imitate: lambda p: "Adv_t = 1" + ("" if p.keep == "all" else " on the first best answer of each prompt; the others do not count"),
     Return: lambda p: "Adv_t = sum_k r_k, the whole return",
     ReturnToGo: lambda p: (
-        f"Adv_t = sum_(k>=t) {p.gamma:g}^(k-t) r_k{_BASELINES[p.baseline]}{', whitened' if p.whitened else ''}{_shaped(p.kl)}"
+        f"Adv_t = sum_(k>=t) {p.gamma:g}^(k-t) r_k{_BASELINES[p.baseline]}{', whitened' if p.whitened else ''}{_shaped(p.kl)}{_WHITENED if p.whiten_rewards else ''}"
     ),
     GAE: lambda p: (
         f"Adv_t = sum_k ({p.gamma:g} * {p.lam:g})^k delta_(t+k), delta_t = r_t + {p.gamma:g} V_(t+1) - V_t"
-        f"{', whitened' if p.whitened else ''}{_shaped(p.kl)}{', score' + _clamp(p.clip_reward) if _clamp(p.clip_reward) else ''}"
+        f"{', whitened' if p.whitened else ''}{_shaped(p.kl)}{', score' + _clamp(p.clip_reward) if _clamp(p.clip_reward) else ''}{_WHITENED if p.whiten_rewards else ''}"
     ),
     GroupRelative: lambda p: (
         f"Adv_t = (R - mean of {'the other answers' if p.centre == 'leave_one_out' else 'the group'}){_SCALES[p.scale]}"
         + (f", R with -{p.kl:g} sum_t (old - reference)_t" if p.kl else "")
     ),
+    PartsRelative: lambda p: f"Adv_t = x / std over the batch, x = sum_k w_k (r_k - mean of the group) / {'std' if p.ddof else 'std (divisor n)'}(group), over the parts k of the reward",
     ProcessRelative: lambda p: f"Adv_t = sum of (step reward - mean) / {'std' if p.ddof else 'std (divisor n)'}, over the steps of the group, of steps that end at t or later",
     Teacher: lambda p: "Adv_t = (reference - old)_t" if p.discount == 0 else f"Adv_t = sum_(k>=t) {p.discount:g}^(k-t) (reference - old)_k",
     NoRatio: lambda p: "none",

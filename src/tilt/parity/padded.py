@@ -66,12 +66,12 @@ def window_rewards(window: Window, kl: float, quirks: Quirks = CORRECTED, clip_r
     return rewards.scatter_add(1, paid[:, None], window.score.clamp(-clip_reward, clip_reward)[:, None])
 
 
-def gae_credit(credit: GAE, window: Window, quirks: Quirks = CORRECTED, *, whiten_rewards: bool = False) -> WindowCredit:
+def gae_credit(credit: GAE, window: Window, quirks: Quirks = CORRECTED) -> WindowCredit:
     """GAE over the whole window, V = 0 beyond the last state that is kept; targets are taken before the advantages are whitened."""
     kept = window.live | window.after if quirks.score_after_last else window.live
     values = torch.where(kept, window.values, 0)
     rewards = window_rewards(window, credit.kl, quirks, credit.clip_reward)
-    if whiten_rewards:
+    if credit.whiten_rewards:
         rewards = torch.where(kept, masked_whiten(rewards, kept, shift_mean=False), 0)
     delta = rewards + credit.gamma * torch.nn.functional.pad(values[:, 1:], (0, 1)) - values
     rows = Layout.of([window.width] * len(values)).to(values.device)
@@ -98,10 +98,10 @@ def group_credit(credit: GroupRelative, window: Window, quirks: Quirks = CORRECT
     return WindowCredit(paid, advantages, torch.full_like(advantages, torch.nan), advantages)
 
 
-def window_credit(credit: Credit, window: Window, quirks: Quirks = CORRECTED, *, whiten_rewards: bool = False) -> WindowCredit:
+def window_credit(credit: Credit, window: Window, quirks: Quirks = CORRECTED) -> WindowCredit:
     """The advantages that a row's credit, with these quirks, gives to the slots of a window."""
     if isinstance(credit, GAE):
-        return gae_credit(credit, window, quirks, whiten_rewards=whiten_rewards)
+        return gae_credit(credit, window, quirks)
     if isinstance(credit, GroupRelative):
         return group_credit(credit, window, quirks)
     raise UsageError(f"window_credit: {credit!r} has no padded form; GAE and GroupRelative have one")

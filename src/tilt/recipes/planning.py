@@ -143,7 +143,7 @@ def reinforcement(config: rl_settings.Config) -> list[str]:
         raise UsageError(f"prompts {config.prompts}: the data have only {len(prompts)} training prompts; set prompts to at most that")
     held, critic = _held(config, objective, found, policy, shared)
     average = {} if config.ema is None else {"average of the weights": _parameters(policy)[1]}
-    rehearsed = [] if config.reward is None else [_rehearsed(config, found, prompts, config.missing_stop_penalty)]
+    rehearsed = [] if config.reward is None else [_rehearsed(config, found, prompts, config.missing_stop_penalty, config.reward_clip)]
     measured = _try(
         lambda batch: -policy(batch).logprobs.sum(),
         _guessed(prompts[: config.prompts], config.samples, config.sampling.max_tokens),
@@ -293,9 +293,9 @@ def _asked(prompt: Prompt, tokenizer: Any) -> str:
     return f"{len(prompt.tokens)} tokens, a prompt; every token of an answer is trained\n{tokenizer.decode(list(prompt.tokens))}"
 
 
-def _rehearsed(config: Any, found: Opened, prompts: Sequence[Prompt], penalty: float = 0.0) -> str:
+def _rehearsed(config: Any, found: Opened, prompts: Sequence[Prompt], penalty: float = 0.0, clip: float | None = None) -> str:
     """The reward is asked once, about short answers of the model as it is, so that its mistakes show here."""
-    judged = scoring(config.reward, found.tokenizer, found.device, missing_stop_penalty=penalty)
+    judged = scoring(config.reward, found.tokenizer, found.device, missing_stop_penalty=penalty, clip=clip)
     rewards = rehearse(judged, Sampler(found.lm, found.tokenizer, sampling_of(config.sampling, found.render), seed=config.seed), prompts)
     values = [number(total) if seen else "no score" for total, seen in zip(rewards.total.tolist(), rewards.scored.tolist(), strict=True)]
     judged.close()

@@ -125,7 +125,7 @@ def answered(parts: Parts, samples: int, step: int, clock: Clock, prompts: Seque
     with clock("generate"):
         rollouts = parts.sampler.sample(prompts, samples, step=step)
     with clock("reward"):
-        texts, rewards = parts.scoring.judge(rollouts)
+        texts, rewards = parts.scoring.judge(rollouts, training=True)
     return Answers(rollouts, texts, rewards, parts.scoring.score.report)
 
 
@@ -199,7 +199,7 @@ def _open(config: Config, ending: ExitStack) -> Opened:
     prompts, held = render.prompts(rows.train), render.prompts(rows.held_out) if rows.held_out else []
     if config.prompts > len(prompts):
         raise UsageError(f"prompts {config.prompts}: the data have only {len(prompts)} training prompts; set prompts to at most that")
-    judged = scoring(config.reward, tokenizer, device, missing_stop_penalty=config.missing_stop_penalty)
+    judged = scoring(config.reward, tokenizer, device, missing_stop_penalty=config.missing_stop_penalty, clip=config.reward_clip)
     ending.callback(judged.close)
     also = None if config.measure is None else scoring(config.measure, tokenizer, device)
     if also is not None:

@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tilt.objectives import Imitate, Objective, Teacher, TrustRegion
+from tilt.objectives import Imitate, Objective, PartsRelative, Teacher, TrustRegion
 from tilt.recipes.settings import Count, Evaluation, Guards, Keep, Mask, Reward, Sampling, Texts, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.variants import optimised, preset_settings
+from tilt.rewards.spec import parse
 
 
 class Config(Training):
@@ -24,6 +25,9 @@ class Config(Training):
     reward: Annotated[Reward, Field(description="file.py:function, a rule, a reward model, or a weighted list of them")]
     measure: Annotated[Reward, Field(description="further rewards that are measured on held-out answers and never trained on")] = None
     missing_stop_penalty: Annotated[float, Field(ge=0.0, description="taken from the reward of an answer that was cut at max_tokens")] = 0.0
+    reward_clip: Annotated[
+        float | None, Field(gt=0.0, description="the weighted sum of the rewards is held within ± this, before missing_stop_penalty")
+    ] = None
     reference: Annotated[str | None, Field(description="the KL anchor; without it the policy as it starts")] = None
     critic: Annotated[
         Literal["auto", "reward_model", "policy", "shared"],
@@ -107,6 +111,7 @@ class Config(Training):
             problems.append("keep.mixed drops groups whose answers all earned the same, as a single answer does: set samples to 2 or more")
         if self.keep.mixed and isinstance(row.credit, Teacher):
             problems.append(f"keep.mixed looks at rewards, which algorithm {name} does not read: leave it out")
+        problems += self._scales(row)
         if row.against == "old":
             problems += self._beside_old(row)
         elif row.passes is not None and self.minibatches > 1 and self.passes * self.minibatches > row.passes:
@@ -130,6 +135,22 @@ class Config(Training):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _scales(self, row: Objective) -> list[str]:
+        """Settings of the reward's scale that a credit does not read, or that something else reads wrongly."""
+        problems = []
+        normalised = [] if self.reward is None else [spec.name for spec in parse(self.reward) if spec.normalise]
+        if isinstance(row.credit, PartsRelative) and self.reward_clip is not None:
+            problems.append("reward_clip holds the weighted sum of the rewards, and parts_relative reads each by itself: leave it out")
+        if isinstance(row.credit, PartsRelative) and normalised:
+            problems.append(
+                f"reward {normalised[0]}: parts_relative normalises every part itself, so normalise has no effect: leave it out"
+            )
+        if self.stop_rise is not None and normalised:
+            problems.append(
+                f"stop_rise looks at the training reward, whose part {normalised[0]} is normalised: its mean stays near 0; leave out one of them"
+            )
+        return problems
 
     def _beside_old(self, row: Objective) -> list[str]:
         """What does not go with a trust region or a penalty to the old policy."""

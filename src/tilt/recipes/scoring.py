@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,10 +35,10 @@ class Scoring:
         """The reward model that a critic can start from: the first that reads the policy's tokens."""
         return next((model for model, shared in self.models if shared), None)
 
-    def judge(self, rollouts: Sequence[Rollout]) -> tuple[list[Text], Rewards]:
-        """The answers as text, and what they earn."""
+    def judge(self, rollouts: Sequence[Rollout], *, training: bool = False) -> tuple[list[Text], Rewards]:
+        """The answers as text, and what they earn; in `training` normalised parts learn from them."""
         texts = self.read(rollouts)
-        return texts, self.score(rollouts, texts)
+        return texts, self.score(rollouts, texts, training=training)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Rewards:
         return self.judge(rollouts)[1]
@@ -56,7 +57,7 @@ def reader(tokenizer: Any) -> Read:
     return lambda rollouts: read(rollouts, decode)
 
 
-def scoring(reward: Any, tokenizer: Any, device: torch.device, *, missing_stop_penalty: float = 0.0) -> Scoring:
+def scoring(reward: Any, tokenizer: Any, device: torch.device, *, missing_stop_penalty: float = 0.0, clip: float | None = None) -> Scoring:
     """The scorer that `reward:` asks for: names, rules, Python functions, reward models, or a list of them."""
     found: list[tuple[RewardModel, bool]] = []
 
@@ -68,5 +69,6 @@ def scoring(reward: Any, tokenizer: Any, device: torch.device, *, missing_stop_p
         how = own_tokens if shared else Rerendered(renderer(words, "auto"))
         return ModelReward(spec.name, model, how, spec.source.budget)
 
-    score = build(reward, load_model=load, missing_eos_penalty=missing_stop_penalty)
+    bounds = (-math.inf, math.inf) if clip is None else (-clip, clip)
+    score = build(reward, load_model=load, missing_eos_penalty=missing_stop_penalty, clip=bounds)
     return Scoring(score, reader(tokenizer), tuple(found))

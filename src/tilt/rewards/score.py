@@ -20,40 +20,76 @@ from tilt.rewards.functions import RewardFunction, Scored
 from tilt.rewards.spec import LoadModel, Model, RewardSpec, function_of, parse
 from tilt.rewards.text import Text
 
+MISSING_STOP = "missing_stop"
 RESERVED = ("prompts", "completions", "lengths", "stops")
+
+
+@dataclass
+class Running:
+    """Mean and standard deviation (divisor n) of every score seen so far, batches joined as Chan, Golub and LeVeque do (1979)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+    def see(self, scores: Tensor) -> None:
+        """Join a batch of scores, NaN left out."""
+        new = scores[~scores.isnan()].double()
+        if not len(new):
+            return
+        both, away = self.count + len(new), float(new.mean()) - self.mean
+        self.squares += float((new - new.mean()).square().sum()) + away**2 * self.count * len(new) / both
+        self.mean += away * len(new) / both
+        self.count = both
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """(x - mean) / deviation; 0 where every score so far was the same."""
+        return (scores - self.mean) / self.deviation if self.deviation else torch.where(scores.isnan(), scores, 0.0)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the reward, ready to be called."""
+    """One part of the reward, ready to be called; with `running` its scores are normalised in training by all that training has seen."""
 
     name: str
     weight: float
     call: Callable[[Sequence[Rollout], Sequence[Text]], Scored]
+    running: Running | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What scoring a batch cost: seconds and failed samples of each part, and the first failure in words (with on_error zero or skip)."""
+    """What scoring a batch cost: seconds and failed samples of each part, and the first failure in words (with on_error zero or skip); and the running
+    mean and deviation of the parts that are normalised."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     failures: Mapping[str, int] = field(default_factory=dict)
     messages: Mapping[str, str] = field(default_factory=dict)
+    running: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @staticmethod
     def join(given: Sequence[Report]) -> Report:
-        """What scoring several batches cost; of each part the first failure in words."""
+        """What scoring several batches cost; of each part the first failure in words, and the running figures of the last."""
         seconds, failures, messages = Counter[str](), Counter[str](), dict[str, str]()
         for report in given:
             seconds.update(report.seconds)  # type: ignore[arg-type]
             failures.update(report.failures)
             messages = {**report.messages, **messages}
-        return Report(dict(seconds), dict(failures), messages)
+        return Report(dict(seconds), dict(failures), messages, given[-1].running)
 
     def metrics(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """`reward/NAME_seconds` and `reward/NAME_failed` as (sum, weight)."""
+        """`reward/NAME_seconds`, `_failed`, and where it is normalised `_running_mean` and `_running_std`, as (sum, weight)."""
         one = torch.ones(())
         found = {f"reward/{name}_seconds": (torch.tensor(s), one) for name, s in self.seconds.items()}
+        for name, (mean, deviation) in self.running.items():
+            found |= {
+                f"reward/{name}_running_mean": (torch.tensor(mean), one),
+                f"reward/{name}_running_std": (torch.tensor(deviation), one),
+            }
         return found | {f"reward/{name}_failed": (torch.tensor(float(n)), one) for name, n in self.failures.items()}
 
 
@@ -61,8 +97,9 @@ class Report:
 class Scorer:
     """Scorer(rollouts, texts) → Rewards: total = clip(sum over parts that scored of weight · score) − missing_eos_penalty where the answer did not end by itself.
 
-    A part that gives None is left out of that sequence's sum; without any part a sequence is unscored and its total 0. `parts` holds NaN for None.
-    `report` tells of the latest batch.
+    A part that gives None is left out of that sequence's sum; without any part a sequence is unscored and its total 0. `parts` holds every part as it
+    scored, NaN for None, and the penalty as a part of its own, `missing_stop`, -1 or 0. In `training` normalised parts are learned from and enter
+    the total normalised; elsewhere they are as they are. `report` tells of the latest batch.
     """
 
     parts: Sequence[Part]
@@ -75,8 +112,12 @@ class Scorer:
             raise UsageError(f"the reward's clip {list(self.clip)} is no interval: give [low, high] with low < high.")
         if not 0 <= self.missing_eos_penalty < math.inf:
             raise UsageError(f"missing_eos_penalty is {self.missing_eos_penalty}: expected a number ≥ 0, which is subtracted.")
+        if any(part.name == MISSING_STOP for part in self.parts):
+            raise UsageError(
+                f"the reward has a part named {MISSING_STOP}, which is the name of the penalty for it: give it another `name:`."
+            )
 
-    def __call__(self, rollouts: Sequence[Rollout], texts: Sequence[Text]) -> Rewards:
+    def __call__(self, rollouts: Sequence[Rollout], texts: Sequence[Text], *, training: bool = False) -> Rewards:
         assert len(rollouts) == len(texts), "one text per rollout"
         seconds, failures, messages, scores = {}, {}, {}, {}
         for part in self.parts:
@@ -86,12 +127,17 @@ class Scorer:
             if said.message:
                 messages[part.name] = said.message
             scores[part.name] = torch.tensor([math.nan if v is None else v for v in said.values], dtype=torch.float32)
-        self.report = Report(seconds, failures, messages)
-        return self.combine(scores, rollouts)
+            if training and part.running is not None:
+                part.running.see(scores[part.name])
+        kept = {part.name: (part.running.mean, part.running.deviation) for part in self.parts if training and part.running is not None}
+        self.report = Report(seconds, failures, messages, kept)
+        return self.combine(scores, rollouts, training)
 
-    def combine(self, scores: Mapping[str, Tensor], rollouts: Sequence[Rollout]) -> Rewards:
+    def combine(self, scores: Mapping[str, Tensor], rollouts: Sequence[Rollout], training: bool = False) -> Rewards:
         """The weighted sum of the parts, clipped, less the penalty: weights 1 and 2, scores 0.5 and NaN → 0.5."""
-        table = torch.stack([scores[part.name] for part in self.parts])
+        table = torch.stack(
+            [part.running(scores[part.name]) if training and part.running is not None else scores[part.name] for part in self.parts]
+        )
         seen = ~table.isnan()
         weights = torch.tensor([part.weight for part in self.parts])[:, None]
         scored = seen.any(0)
@@ -99,9 +145,11 @@ class Scorer:
         total = torch.where(seen, weights * table, 0).sum(0).clamp(*self.clip) - self.missing_eos_penalty * unended
         if not total.isfinite().all():
             raise DataError("the weighted sum of the rewards overflows: lower the weights, or clip the reward.")
-        given = {part.name: part.weight for part in self.parts}
+        parts, given = dict(scores), {part.name: part.weight for part in self.parts}
+        if self.missing_eos_penalty:
+            parts[MISSING_STOP], given[MISSING_STOP] = 0.0 - unended.float(), self.missing_eos_penalty
         return Rewards.of(
-            torch.where(scored, total, 0), parts=dict(scores), scored=scored, weights=given, actions=sum(sum(r.sampled) for r in rollouts)
+            torch.where(scored, total, 0), parts=parts, scored=scored, weights=given, actions=sum(sum(r.sampled) for r in rollouts)
         )
 
     def close(self) -> None:
@@ -152,7 +200,10 @@ def build(
 ) -> Scorer:
     """The scorer that a configuration's `reward:` asks for; files are relative to `base`, reward models come from `load_model`."""
     parts = [
-        Part(spec.name, spec.weight, load_model(spec) if isinstance(spec.source, Model) else Called(function_of(spec, base)))
+        Part(
+            spec.name, spec.weight, load_model(spec) if isinstance(spec.source, Model) else Called(function_of(spec, base)),
+            Running() if spec.normalise else None,
+        )
         for spec in parse(reward)
-    ]
+    ]  # fmt: skip
     return Scorer(parts, missing_eos_penalty, clip)

@@ -43,19 +43,27 @@ class Model:
 
 Source = Rule | Function | Given | Model
 KINDS: Mapping[str, type] = {**RULES, "function": Function, "model": Model}
-COMMON: Mapping[str, str] = {"weight": "a finite number", "name": "text", "timeout": "seconds above 0", "on_error": "raise, zero or skip"}
+COMMON: Mapping[str, str] = {
+    "weight": "a finite number",
+    "name": "text",
+    "timeout": "seconds above 0",
+    "on_error": "raise, zero or skip",
+    "normalise": "true or false",
+}
 EXAMPLES = "`rewards.py:score`, `{numeric: {answer: answer}}`, `{model: runs/rm/final, weight: 0.5}`, or a list of these"
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """One part of the reward: where its scores come from, the weight of the part in the sum, and what happens when it fails."""
+    """One part of the reward: where its scores come from, the weight of the part in the sum, what happens when it fails, and whether training normalises it
+    by the running mean and deviation of its scores."""
 
     name: str
     source: Source
     weight: float = 1.0
     timeout: float = 60.0
     on_error: OnError = "raise"
+    normalise: bool = False
 
 
 def parse(value: Any, where: str = "reward") -> tuple[RewardSpec, ...]:
@@ -118,6 +126,7 @@ def _common(given: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
         "timeout": lambda v: _is_number(v) and 0 < v < math.inf,
         "name": lambda v: isinstance(v, str) and v != "",
         "on_error": lambda v: isinstance(v, str) and v in ON_ERROR,
+        "normalise": lambda v: isinstance(v, bool),
     }
     problems = [f"`{where}.{key}` is {v!r}: expected {COMMON[key]}" for key, v in given.items() if not fine[key](v)]
     if problems:
