@@ -81,6 +81,17 @@ def test_truncated_training_answers_are_scored_within_their_kept_sets(run_rl, me
         assert all(token in among and sorted(among) == among for token, among in zip(row["ids"], row["kept"], strict=True))
 
 
+def test_evaluations_follow_their_own_settings(run_rl, monkeypatch):
+    """Whatever narrows training answers: `eval` has its own truncation, and keeps no sets."""
+    asked, plain = [], Sampler.evaluate
+    monkeypatch.setattr(Sampler, "evaluate", lambda self, *a, **k: (asked.append(k.get("sampling")), plain(self, *a, **k))[1])
+    run_rl(
+        sampling={"max_tokens": 6, "keep_sets": True, "top_k": 9}, mask={}, eval={"prompts": 4, "min_p": 0.25, "temperature": 0.5}, steps=1
+    )
+    narrowed = [(s.temperature, s.top_k, s.top_p, s.min_p, s.keep_sets) for s in asked]
+    assert set(narrowed) == {(1.0, 9, 1.0, 0.0, True), (0.5, 0, 1.0, 0.25, False)}, "the rehearsal of the reward, and the evaluations"
+
+
 def test_a_mask_is_taken_again_every_so_many_steps(run_rl, metrics, monkeypatch):
     """With any row: sets and card say so, copies are taken at steps 0 and 2, and ratio and sampler agree before each first step."""
     taken = []
@@ -94,7 +105,8 @@ def test_a_mask_is_taken_again_every_so_many_steps(run_rl, metrics, monkeypatch)
         assert line["val/first_gap"] == 0.0 and line["sampler/logprob_gap_max"] < 1e-4 and 1 < line["sampler/kept_mean"] <= 99
     said = (result.directory.path / "objective.txt").read_text()
     assert (
-        "drawn within the top-p 0.5 sets of the policy as it was at the last of every 2 steps and top_k 99; policy, old, reference" in said
+        "drawn within the top-p 0.5 sets of a copy of the policy, taken every 2 steps and held beside the models above, then top_k 99; policy, old, reference"
+        in said
     )
 
 

@@ -142,9 +142,9 @@ def test_kept_sets_come_back_per_sampled_token(tmp_path: Path) -> None:
     from tilt.kept import Kept
 
     rows, _ = table()
-    narrowed = replace(rows.rollouts[0], kept=Kept.of([[3, 900_000], []]))
+    narrowed = replace(rows.rollouts[0], kept=Kept.of([[3, 900_000], [4]]))
     a, b = rollout_store.read(rollout_store.write(tmp_path, 1, replace(rows, rollouts=[narrowed, rows.rollouts[1]])))
-    assert a["kept"] == [[3, 900_000], [], []] and b["kept"] == [[], []]
+    assert a["kept"] == [[3, 900_000], [], [4]] and b["kept"] == [[], []]
     assert rollout_store.kept_of(a) == narrowed.kept and rollout_store.kept_of(b) is None
     c, _ = rollout_store.read(rollout_store.write(tmp_path, 2, rows))
     assert "kept" not in c and rollout_store.kept_of(c) is None

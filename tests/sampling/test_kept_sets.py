@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -279,13 +280,16 @@ def ragged(batch: Pack) -> list[list[list[int]]]:
 
 
 def test_evaluation_is_as_before() -> None:
-    """Truncated evaluation answers carry no sets, and log-probabilities of the whole distribution."""
+    """Truncated evaluation answers are the same with sets and without; without, they carry log-probabilities of the whole distribution."""
     lm = build("gpt2")
-    found = sampler(lm, top_k=3).evaluate(prompts((4,)), 3, step=0, sampling=Sampling(1.0, 8, (END,), top_k=3))
-    assert all(r.kept is None for r in found)
-    batch = pack(found)
-    with torch.no_grad():
-        assert (batch.sampler - Policy(lm)(batch).logprobs).abs().max() < 1e-5
+    for settings in CUTS.values():
+        given = Sampling(1.0, 8, (END,), **settings)  # type: ignore[arg-type]
+        found = sampler(lm, top_k=3).evaluate(prompts((4, 2)), 3, step=0, sampling=given)
+        kept = sampler(lm, top_k=3).evaluate(prompts((4, 2)), 3, step=0, sampling=replace(given, keep_sets=True))
+        assert [r.tokens for r in found] == [r.tokens for r in kept] and all(r.kept is None for r in found)
+        batch = pack(found)
+        with torch.no_grad():
+            assert (batch.sampler - Policy(lm)(batch).logprobs).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

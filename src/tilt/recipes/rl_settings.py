@@ -177,8 +177,10 @@ class Config(Training):
         found = (
             []
             if self.mask is None
-            else [f"the top-p {self.mask.top_p:g} sets of the policy as it was at the last of every {self.mask.refresh} steps"]
+            else [
+                f"the top-p {self.mask.top_p:g} sets of a copy of the policy, taken every {self.mask.refresh} steps and held beside the models above"
+            ]
         )
         found += [", ".join(cut)] if cut else []
         within = "; policy, old, reference and KL are those of the distributions renormalised within the kept sets"
-        return {"drawn within": " and ".join(found) + within} if found else {}
+        return {"drawn within": ", then ".join(found) + within} if found else {}

@@ -92,15 +92,13 @@ def truncate(logprobs: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> 
 
 
 def likeliest(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
-    """The top-k and top-p part of `truncate`, by one sort."""
-    order = torch.sort(logprobs, dim=-1, descending=True, stable=True)
-    best = order.values
-    if 0 < top_k < best.shape[1]:
-        best = best.masked_fill(torch.arange(best.shape[1], device=best.device) >= top_k, -torch.inf)
+    """The top-k and top-p part of `truncate`: the top_k alone are sorted, or all where top_k leaves none out."""
+    some = 0 < top_k < logprobs.shape[-1]
+    best, ids = torch.topk(logprobs, top_k) if some else torch.sort(logprobs, descending=True, stable=True)
     if top_p < 1:
         mass = best.softmax(-1)
         best = best.masked_fill(mass.cumsum(-1) - mass >= top_p, -torch.inf)
-    return torch.empty_like(logprobs).scatter_(-1, order.indices, best)
+    return torch.full_like(logprobs, -torch.inf).scatter_(-1, ids, best)
 
 
 def nucleus(logits: Tensor, temperature: float, top_p: float, always: Sequence[int]) -> Tensor:
