@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tilt.errors import NumericError, UsageError
 from tilt.learning import learner
 from tilt.models.loading import load, tiny
+from tilt.models.policy import Policy
 from tilt.models.saving import save
 from tilt.objectives import ALGORITHMS, GLOSSARY, Imitate
 from tilt.recipes import opening, rl, roles, stopping
@@ -114,7 +115,7 @@ def test_every_metric_has_a_line_in_the_glossary(run_rl, run_sft, metrics, rows)
     known = {name.replace("<part>", part) for name in GLOSSARY for part in ("variety", "missing_stop")}
     beside = {"pretrain_data": {"source": str(rows), "read_as": "sft", "batch": 4}, "pretrain_coefficient": 1.0, "ema": 0.9}
     reward = {"function": variety, "normalise": True}
-    more = {"reward": reward, "missing_stop_penalty": 0.1, "keep": {"mixed": True}}
+    more = {"reward": reward, "missing_stop_penalty": 0.1, "keep": {"mixed": True}, "reference_update": {"every": 1}}
     for result in (run_rl(algorithm="ppo", measure=[variety], **beside, **more), run_sft(reward=variety, eval={"every": 1})):
         seen = {name for line in metrics(result) for name in line} - {"step", "time"}
         assert sorted(seen - known) == []
@@ -305,6 +306,50 @@ def test_with_an_adapter_the_reference_is_exact(run_rl, metrics, trained):
     assert abs(lines[-1]["eval/kl"]) > 1e-4
 
 
+# --- a reference that follows the policy -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_a_reference_that_is_reset_stands_where_the_policy_stood(run_rl, metrics, trained, lora):
+    """Iterative GRPO: after a reset the policy is its own reference; the first one is kept, measured against, and never changes."""
+    result = run_rl(
+        model=str(trained[0]), lora=lora, steps=4, optimizer={"lr": 3e-2}, reference_update={"every": 2, "share": 1.0}, eval={"every": 1}
+    )
+    lines, log = metrics(result), result.directory.log.read_text()
+    assert [abs(line["kl"]) < 1e-5 for line in lines[:4]] == [True, False, True, False], "steps 0 and 2 begin at the reference"
+    assert [line["reference/distance"] == 0 for line in lines[:4]] == [True, False, False, False]
+    assert lines[1]["reference/distance"] == lines[2]["reference/distance"] < lines[3]["reference/distance"]
+    assert lines[0]["eval/kl_first"] == pytest.approx(0.0, abs=1e-5) and lines[1]["eval/kl_first"] == pytest.approx(
+        lines[1]["eval/kl"], abs=1e-5
+    )
+    assert abs(lines[2]["eval/kl"]) < 1e-5 < abs(lines[2]["eval/kl_first"])
+    assert "unchanged  first reference" in log and "unchanged  reference" not in log
+
+
+def test_a_reference_that_averages_is_its_recursion(trained):
+    lm, _ = load(trained[0])
+    policy, config = Policy(lm), rl.Config.model_validate(
+        {"model": "x", "data": "x", "reward": "exact", "reference_update": {"every": 1, "share": 0.25}}
+    )  # fmt: skip
+    anchor, frozen = roles.reference(config, policy, None, torch.device("cpu"))
+    moving = roles.moving(config, anchor, policy)
+    assert frozen == {} and moving.distance == 0.0
+    first = [p.detach().clone() for p in lm.parameters()]
+    truth = [p.clone() for p in first]
+    for step in range(3):
+        with torch.no_grad():
+            for p in lm.parameters():
+                p.add_(0.1 * (step + 1))
+        moving.move(policy)
+        truth = [0.25 * p.detach() + 0.75 * kept for p, kept in zip(lm.parameters(), truth, strict=True)]
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(truth, moving.reference.parameters(), strict=True))
+    away = sum(float((a - b).double().square().sum()) for a, b in zip(truth, first, strict=True))
+    assert moving.distance == pytest.approx((away / sum(float(b.double().square().sum()) for b in first)) ** 0.5, rel=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(first, moving.first.parameters(), strict=True))
+    with anchor() as reference:
+        assert reference is moving.reference
+
+
 # --- the scale of rewards --------------------------------------------------------------------------------------------------------
 
 
@@ -430,6 +475,8 @@ def test_a_trust_region_run_says_what_each_step_did(run_rl, metrics):
         ({"pretrain_coefficient": 1.0}, "pretrain_data and pretrain_coefficient go together"),
         ({"pretrain_data": "texts.txt"}, "pretrain_data and pretrain_coefficient go together"),
         ({"ema": 1.0}, "less than 1"),
+        ({"algorithm": "dapo", "reference_update": {"every": 5}}, "algorithm dapo reads no reference"),
+        ({"algorithm": "distill", "reference": "x", "reference_update": {"every": 5}}, "would move the teacher"),
         ({"reward_clip": 0.0}, "greater than 0"),
         ({"reward_clip": 1.0, "objective": {"credit": "parts_relative"}}, "reward_clip holds the weighted sum"),
         (

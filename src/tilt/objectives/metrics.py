@@ -137,6 +137,8 @@ GLOSSARY: Mapping[str, str] = MappingProxyType(
         "eval/measure/<part>": "Mean of a reward that is measured and never trained on. Should rise with eval/reward; if it falls, the reward is being gamed.",
         "eval/measure/<part>_std": "Its standard deviation over held-out answers. The unit in which a rise is judged.",
         "eval/kl": "Estimated KL(policy || reference) of whole held-out answers, nats. Grows slowly from 0; stay under the cap you state.",
+        "eval/kl_first": "With reference_update: estimated KL(policy || first reference) of whole held-out answers, nats. The distance from where the run began; eval/kl is to the reference as it stands.",
+        "reference/distance": "With reference_update: norm of the change of the reference's weights since the run began, over their norm. Grows slowly; a jump is a reset.",
         "eval/pretrain_nll": "Negative log-likelihood of held-out pretraining texts, nats a token. Near its first value; a rise is what the policy forgets.",
         "eval/pretrain_perplexity": "exp of eval/pretrain_nll. As for it.",
         "eval/ema_reward": "eval/reward of the moving average of the weights, at the run's end. Near eval/reward or above it; far below, the decay is too slow for so few steps.",

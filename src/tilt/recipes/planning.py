@@ -158,7 +158,7 @@ def reinforcement(config: rl_settings.Config) -> list[str]:
         0 if config.pretrain_data is None else config.pretrain_data.batch * config.pretrain_data.length * config.passes * config.minibatches
     )
     passes = config.passes * (1 + (critic > 0)) + FORWARD * (
-        len(held.keys() - {"mask"}) + ("old" in objective.needs) * (config.passes * config.minibatches > 1)
+        len(held.keys() - {"mask", "first reference"}) + ("old" in objective.needs) * (config.passes * config.minibatches > 1)
     )
     drawing = _generation(config, found, policy, prompts, sampling_of(config.sampling, found.render))
     drawing *= config.keep.draws if config.keep.mixed else 1
@@ -316,6 +316,8 @@ def _held(config: rl_settings.Config, objective: Objective, found: Opened, polic
         held["reference"] = 0 if config.lora is not None and config.reference is None else body
     if config.mask is not None:
         held["mask"] = body
+    if config.reference_update.every:
+        held |= {"reference": body, "first reference": body}
     if config.reward is None:
         held["reward model (of the policy's size, from the stage before)"] = body
     else:

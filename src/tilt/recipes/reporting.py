@@ -41,15 +41,15 @@ class Recorder:
 
     def write(
         self, step: int, objective: Objective, answers: Answers, batch: Pack, experience: Experience, report: Report, clock: Clock,
-        seen: Assessment | None,
+        seen: Assessment | None, more: Mapping[str, float],
     ) -> dict[str, float]:  # fmt: skip
-        """The step's metrics, written with those of the evaluation before it; its rollouts where it is watched; a reward's first failure in words."""
+        """The step's metrics, written with `more` and those of the evaluation before it; its rollouts where it is watched; a reward's first failure in words."""
         count = len(answers.drawn.rollouts)
         self.answers, self.skipped = self.answers + count, self.skipped + report.skipped
         metrics = measures(objective, answers.rewards, experience.signals, batch, answers.rollouts, report)
         metrics |= groups_kept(answers, objective.credit) | _read(answers.report.metrics()) | clock.read(batch.layout.actions)
         counts = {"episode": self.answers, "eps": count / metrics["time/step"], "skipped/total": self.skipped} | objective.controlled
-        self.journal.step(step, metrics | counts | evaluated(seen))
+        self.journal.step(step, metrics | counts | dict(more) | evaluated(seen))
         if report.note:
             self.journal.note(f"guards     {report.note}")
         messages = answers.report.messages

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,6 +44,8 @@ from tilt.runs.files import atomic_write
 from tilt.runs.journal import Journal
 from tilt.sampling.sampler import Sampler
 
+Divergence = Callable[[Sequence[Rollout]], float]
+
 IMPORTANT = (
     "reward",
     "eval/reward",
@@ -70,6 +72,7 @@ class Parts:
     trial: Trial
     tokenizer: Any
     write: Callable[[Path], None]
+    moving: roles.Moving | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
             )  # fmt: skip
         with clock("publish"):
             sampler.load(learner.policy)
-        metrics, taken = recorder.write(step, objective, answers, batch, experience, report, clock, seen), step + 1
+        taken, more = step + 1, followed(parts, step + 1, config)
+        metrics = recorder.write(step, objective, answers, batch, experience, report, clock, seen, more)
         objective = objective.following(metrics | {"sequences": len(answers.rollouts)})
         if why := stopping.reason(metrics):
             journal.note(f"stopped at step {step}: {why}")
@@ -127,6 +131,15 @@ def answered(parts: Parts, samples: int, step: int, clock: Clock, prompts: Seque
     with clock("reward"):
         texts, rewards = parts.scoring.judge(rollouts, training=True)
     return Answers(rollouts, texts, rewards, parts.scoring.score.report)
+
+
+def followed(parts: Parts, taken: int, config: Config) -> dict[str, float]:
+    """Move a reference that follows the policy where its turn has come; how far it is from the first."""
+    if parts.moving is None:
+        return {}
+    if taken % config.reference_update.every == 0:
+        parts.moving.move(parts.learner.policy)
+    return {"reference/distance": parts.moving.distance}
 
 
 def wanted(objective: Objective, config: Config, settings: Passes) -> frozenset[str]:
@@ -154,20 +167,29 @@ def ended(signals: Signals, objective: Objective) -> Signals:
     return signals if "final" in objective.credit.needs else replace(signals, final=torch.zeros_like(signals.final))
 
 
-def divergence(learner: Learner, temperature: float) -> Callable[[Sequence[Rollout]], float]:
-    """Mean over answers of the log-ratio of policy to reference, summed over actions: an estimate of the sequence KL, nats.
+def divergence(learner: Learner, temperature: float, anchor: roles.Anchor | None = None) -> Divergence:
+    """Mean over answers of the log-ratio of policy to reference (or to `anchor`), summed over actions: an estimate of the sequence KL, nats.
 
     Both are taken at the temperature at which the answers were sampled; answers to a truncated distribution give none (NaN).
     """
+    reader = learner if anchor is None else Learner(
+        learner.policy, learner.optimizer, reference=anchor, settings=learner.settings, autocast=learner.autocast
+    )  # fmt: skip
 
     def measure(rollouts: Sequence[Rollout]) -> float:
         if any(r.sampling.truncated for r in rollouts):
             return math.nan
         batch = pack(rollouts)
-        signals = learner.evaluate(batch, frozenset({"old", "reference"}), temperature=temperature)
+        signals = reader.evaluate(batch, frozenset({"old", "reference"}), temperature=temperature)
         return float((signals.old - signals.reference).sum() / batch.layout.sequences)
 
     return measure
+
+
+def also_measured(texts: Callable[[], Mapping[str, float]], first: Divergence | None, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What an evaluation measures besides the answers' rewards: held-out texts, and the KL to the first reference where it has moved on."""
+    far = math.nan if first is None else first(rollouts)
+    return {**texts(), **({} if math.isnan(far) else {"kl_first": far})}
 
 
 def run(config: Config) -> Result:
@@ -208,8 +230,13 @@ def _open(config: Config, ending: ExitStack) -> Opened:
     texts = companion(config, policy, tokenizer, device)
     learner = _learner(config, objective, policy, anchor, roles.critic(config, policy, objective, judged, device), texts.loss, device)
     sampling = sampling_of(config.sampling, render)
+    moving = roles.moving(config, anchor, policy)
+    modules |= {} if moving is None else {"first reference": moving.first}
+    first = None if moving is None else divergence(learner, config.eval.temperature, roles.always(moving.first))
     trial = Trial.of(policy, tokenizer, held or prompts, judged, sampling, config.eval, seed=config.seed, slots=config.sampling.slots)
-    trial = replace(trial, also=also, divergence=divergence(learner, config.eval.temperature), more=texts.measure)
+    trial = replace(
+        trial, also=also, divergence=divergence(learner, config.eval.temperature), more=partial(also_measured, texts.measure, first)
+    )
     sampler = Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots)
     for scorer in (judged, also):
         if scorer is not None:
@@ -224,7 +251,7 @@ def _open(config: Config, ending: ExitStack) -> Opened:
         f"steps      {config.steps} of {config.prompts} prompts × {config.samples} answers; {learner.settings.steps} optimizer steps each",
         *(f"note       {note}" for note in [*notes(config, policy, objective), *cramped(prompts, lm, config.sampling.max_tokens)]),
     ]  # fmt: skip
-    parts = Parts(Stream(prompts, config.seed), sampler, judged, learner, objective, trial, tokenizer, write)
+    parts = Parts(Stream(prompts, config.seed), sampler, judged, learner, objective, trial, tokenizer, write, moving)
     return Opened(parts, roles.Frozen.of(modules), name, model, lines)
 
 

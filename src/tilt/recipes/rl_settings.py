@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tilt.objectives import Imitate, Objective, PartsRelative, Teacher, TrustRegion
-from tilt.recipes.settings import Count, Evaluation, Guards, Keep, Mask, Reward, Sampling, Texts, Training
+from tilt.recipes.settings import Count, Evaluation, Guards, Keep, Mask, ReferenceUpdate, Reward, Sampling, Texts, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.variants import optimised, preset_settings
 from tilt.rewards.spec import parse
@@ -29,6 +29,7 @@ class Config(Training):
         float | None, Field(gt=0.0, description="the weighted sum of the rewards is held within ± this, before missing_stop_penalty")
     ] = None
     reference: Annotated[str | None, Field(description="the KL anchor; without it the policy as it starts")] = None
+    reference_update: ReferenceUpdate = ReferenceUpdate()
     critic: Annotated[
         Literal["auto", "reward_model", "policy", "shared"],
         Field(
@@ -112,6 +113,10 @@ class Config(Training):
         if self.keep.mixed and isinstance(row.credit, Teacher):
             problems.append(f"keep.mixed looks at rewards, which algorithm {name} does not read: leave it out")
         problems += self._scales(row)
+        if self.reference_update.every and isinstance(row.credit, Teacher):
+            problems.append("reference_update would move the teacher towards the policy that learns from it: leave it out")
+        elif self.reference_update.every and "reference" not in row.needs and self.max_kl is None:
+            problems.append(f"reference_update: algorithm {name} reads no reference: leave it out, or choose a row with a KL")
         if row.against == "old":
             problems += self._beside_old(row)
         elif row.passes is not None and self.minibatches > 1 and self.passes * self.minibatches > row.passes:

@@ -233,7 +233,7 @@ class Guards(Section):
 class ReferenceUpdate(Section):
     """A reference that follows the policy (TR-DPO, arXiv 2404.09656)."""
 
-    every: Annotated[int, Field(ge=0, description="optimizer steps between updates of the reference; 0 = it never moves")] = 0
+    every: Annotated[int, Field(ge=0, description="steps between updates of the reference; 0 = it never moves")] = 0
     share: Annotated[float, Field(gt=0.0, le=1.0, description="reference ← share · policy + (1 − share) · reference; 1 replaces it")] = 0.6
 
 

@@ -33,7 +33,7 @@ class Trial:
     samples: int
     also: Scoring | None = None
     divergence: Callable[[Sequence[Rollout]], float] = lambda rollouts: float("nan")
-    more: Callable[[], Mapping[str, float]] = dict
+    more: Callable[[Sequence[Rollout]], Mapping[str, float]] = lambda rollouts: {}
 
     @staticmethod
     def of(
@@ -55,4 +55,4 @@ class Trial:
     def __call__(self) -> Assessment:
         found = assess(self.sampler, self.prompts, self.scoring, self.scoring.read, samples=self.samples, sampling=self.sampling)
         measured = {} if self.also is None else self.also(found.rollouts).parts
-        return replace(found, measured=measured, kl=self.divergence(found.rollouts), more=self.more())
+        return replace(found, measured=measured, kl=self.divergence(found.rollouts), more=self.more(found.rollouts))
