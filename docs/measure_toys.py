@@ -25,8 +25,10 @@ SEEDS = (0, 1, 2)
 SIX = Echo()
 CRITIC = {"critic_lr": 1e-2}
 SETTINGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("ppo", "ppo_sequence", "ppo_dual_clip", "ppo_kl"), CRITIC | {"passes": 2}),
-    **dict.fromkeys(("trpo", "a2c", "reinforce_baseline"), CRITIC),
+    **dict.fromkeys(("ppo", "ppo_sequence", "ppo_dual_clip"), CRITIC | {"passes": 2}),
+    **dict.fromkeys(("a2c", "reinforce_baseline"), CRITIC),
+    "ppo_kl": CRITIC | {"passes": 3, "optimizer": {"lr": 3e-3, "schedule": "linear"}},
+    "trpo": CRITIC | {"objective": {"penalty": {"limit": 0.04, "damping": 0.01, "iterations": 4}}},
     "nlpo": CRITIC | {"mask": {"refresh": 10}},
     **{name: {"minibatches": 2} for name in ("gspo", "luspo")},
 }

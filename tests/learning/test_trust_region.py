@@ -119,8 +119,8 @@ def test_the_second_step_is_pulled_back_to_the_policy_before_the_first(make, bat
 # --- the natural step ------------------------------------------------------------------------------------------------------------
 
 
-def by_hand(learner, batch, experience, row, temperature: float, bonus: float = 0.0):
-    """The same step on a copy of the policy, from closures over whole logits."""
+def by_hand(learner, batch, experience, row, temperature: float, bonus: float = 0.0, curved: list[int] | None = None):
+    """The same step on a copy of the policy, from closures over whole logits; the curvature on some sequences only where they are named."""
     twin = Policy(copy.deepcopy(learner.policy.lm))
     parameters, rule = [p for p in twin.parameters() if p.requires_grad], row.penalty
     counted, chosen = experience.weights != 0, (torch.arange(len(batch.actions)), batch.actions)
@@ -134,9 +134,9 @@ def by_hand(learner, batch, experience, row, temperature: float, bonus: float = 
         gain = (said[chosen] - old[chosen]).exp() * experience.advantages
         return (experience.weights * (gain - bonus * (said.exp() * said.masked_fill(said.isinf(), 0)).sum(-1))).sum()
 
-    def kl():
+    def kl(of=counted):
         gap = old.masked_fill(old.isinf(), 0) - (said := new()).masked_fill(said.isinf(), 0)
-        return (old.exp() * gap).sum(-1)[counted].mean()
+        return (old.exp() * gap).sum(-1)[of].mean()
 
     def measure():
         with torch.no_grad():
@@ -146,7 +146,8 @@ def by_hand(learner, batch, experience, row, temperature: float, bonus: float = 
 
     gradient = torch.autograd.grad(surrogate(), parameters)
     with twice_differentiable():
-        product = hessian_product(kl, parameters)
+        some = counted if curved is None else counted & torch.isin(batch.layout.sequence, torch.tensor(curved))
+        product = hessian_product(lambda: kl(some), parameters)
     taken = trust_region_step(parameters, gradient, product, measure, limit=rule.limit, iterations=rule.iterations, damping=rule.damping, backtracks=rule.backtracks, decay=rule.decay)  # fmt: skip
     return twin, taken
 
@@ -167,6 +168,18 @@ def test_the_step_is_that_of_plain_closures_under_every_split(make, batch, rewar
     assert 0 < found["kl"] <= 0.02 and found["improvement"] > 0 and found["cg_residual"] < 1
     assert "lr" not in report.metrics and report.metrics["grad_norm"] > 0 and learner.optimizer.steps == 1 and learner.version == 1
     assert all(p.grad is None for p in learner.policy.parameters())
+
+
+@pytest.mark.parametrize(("share", "chosen"), [(0.4, [0, 2, 5, 7]), (0.25, [0, 4, 8]), (0.01, [0])])
+@pytest.mark.parametrize("size", [10_000, 60])
+def test_the_curvature_of_a_share_of_the_answers(make, batch, rewards, size, share, chosen):
+    """Eleven of the twelve answers count. The KL and the surrogate of the line search are still those of all."""
+    learner, row = make(Passes(1, 1, size)), replace(PLAIN, penalty=replace(REGION, share=share))
+    before = copy.deepcopy(learner)
+    report, experience = update(learner, batch, rewards, row)
+    twin, taken = by_hand(before, batch, experience, row, 1.0, curved=chosen)
+    assert torch.allclose(weights(learner.policy), weights(twin), atol=1e-7)
+    assert report.metrics["trpo/kl"] == pytest.approx(taken.kl, rel=1e-5) and 0 < taken.kl <= 0.02
 
 
 def test_the_step_stays_within_kept_sets(make, batch, rewards):

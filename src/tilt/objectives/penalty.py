@@ -176,6 +176,7 @@ class TrustRegion(Penalty):
     """Nothing is taken off: the step itself keeps mean KL(old || policy) <= limit (TRPO, 1502.05477).
 
     Natural gradient by `iterations` of conjugate gradients with `damping`, then a line search of at most `backtracks` steps, each `decay` times the last.
+    The Fisher products are taken on a `share` of the answers, evenly spaced; surrogate and KL of the line search on all.
     """
 
     limit: float = 0.01
@@ -183,12 +184,13 @@ class TrustRegion(Penalty):
     damping: float = 0.1
     backtracks: int = 10
     decay: float = 0.8
+    share: float = 1.0
     against: ClassVar[Against] = "old"
 
     def __post_init__(self) -> None:
-        check_positive(self, limit=self.limit, iterations=self.iterations, backtracks=self.backtracks, decay=self.decay)
+        check_positive(self, limit=self.limit, iterations=self.iterations, backtracks=self.backtracks, decay=self.decay, share=self.share)
         check_not_negative(self, damping=self.damping)
-        check_fraction(self, decay=self.decay)
+        check_fraction(self, decay=self.decay, share=self.share)
         if self.decay == 1:
             raise UsageError("TrustRegion: decay=1 never shortens the step; set it below 1")
 

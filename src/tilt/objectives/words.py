@@ -117,7 +117,8 @@ WORDS: Mapping[type, Callable[[Any], str]] = {
     ExactKL: lambda p: f"{p.beta:g} KL(policy || reference)_t over the whole vocabulary",
     OldKL: lambda p: f"{p.beta:g} KL(old || policy)_t over the whole vocabulary",
     TrustRegion: lambda p: (
-        f"none in the loss; the step keeps mean KL(old || policy) <= {p.limit:g}: natural gradient ({p.iterations} conjugate gradients, damping {p.damping:g}), "
+        f"none in the loss; the step keeps mean KL(old || policy) <= {p.limit:g}: natural gradient ({p.iterations} conjugate gradients, damping {p.damping:g}"
+        f"{'' if p.share == 1 else f', on {p.share:.0%} of the answers'}), "
         f"line search ({p.backtracks} times {p.decay:g})"
     ),
     NoValue: lambda p: "none",
