@@ -93,6 +93,17 @@ def test_evaluations_follow_their_own_settings(run_rl, monkeypatch):
     assert set(narrowed) == {(1.0, 9, 1.0, 0.0, True), (0.5, 0, 1.0, 0.25, False)}, "the rehearsal of the reward, and the evaluations"
 
 
+@pytest.mark.parametrize(("name", "passes"), [("trpo", 1), ("ppo_kl", 2)])
+@pytest.mark.parametrize(
+    "narrow", [{"sampling": {"max_tokens": 6, "keep_sets": True, "top_p": 0.6}}, {"mask": {"top_p": 0.6}}], ids=["sets", "mask"]
+)
+def test_exact_divergences_and_fisher_products_stay_within_the_sets(run_rl, metrics, name, passes, narrow):
+    """A divergence from a distribution cut elsewhere would be infinite."""
+    lines = metrics(run_rl(algorithm=name, passes=passes, **narrow))
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert all(line["sampler/logprob_gap_max"] < 1e-4 and line["grad_norm"] > 0 for line in lines[:-1])
+
+
 def test_a_mask_is_taken_again_every_so_many_steps(run_rl, metrics, monkeypatch):
     """With any row: sets and card say so, copies are taken at steps 0 and 2, and ratio and sampler agree before each first step."""
     taken = []
