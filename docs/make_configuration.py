@@ -15,7 +15,7 @@ def tables() -> str:
     found = {command: settings(command) for command in RECIPES}
     trainers = [command for command in RECIPES if command not in ("rank", "rlhf", "quickstart")]
     shared = [row for row in found["sft"] if all(row in found[command] for command in trainers)]
-    parts = ["## Settings of every training recipe (`pretrain sft rm dpo rl`)\n", table(shared)]
+    parts = ["## Settings of every training recipe (`pretrain sft rm prm dpo rl`)\n", table(shared)]
     for command, rows in found.items():
         note = "" if command in trainers else " The settings of a run, `data` and `model` mean what they mean above."
         common = {row[0] for row in shared}

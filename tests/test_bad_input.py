@@ -57,6 +57,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "talk": [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]} for i in range(40)],
         "long": [{"prompt": long_text(i) if i % 2 else f"{i}?", "completion": "y"} for i in range(40)],
         "longest": [{"prompt": long_text(i), "completion": "y"} for i in range(40)],
+        "steps": [{"prompt": f"{i}?", "steps": ["a", "b"], "labels": [True, False][: 2 - i]} for i in range(2)],
         "few": [{"prompt": f"{i}", "completion": "y"} for i in range(3)],
         "other": [{"question": f"{i}?", "reply": "yes"} for i in range(40)],
     }
@@ -117,6 +118,8 @@ def rl(*more: str, data: str = "sft.jsonl", reward: str = "rewards.py:fine") -> 
     (sft("other.jsonl"), ["other.jsonl cannot be read as sft: missing prompt, completion", "columns found: question, reply", "columns: {prompt: question, completion: reply}"]),
     (["rm", *MODEL, "data=sft.jsonl"], ["cannot be read as preference: missing chosen, rejected", "columns found: prompt, completion"]),
     (["dpo", *MODEL, "data=text.jsonl"], ["cannot be read as preference"]),
+    (["prm", *MODEL, "data=sft.jsonl"], ["cannot be read as stepwise: missing steps, labels", "columns that serve: prompt, steps, labels; prompt, completions, labels"]),
+    (["prm", *MODEL, "data=steps.jsonl"], ["steps.jsonl: row 1: 'labels' must hold one label for each of the 2 steps, got 1 of them"]),
     (["pretrain", *MODEL, "data=pairs.jsonl"], ["cannot be read as text: missing text"]),
     (rl(data="text.jsonl"), ["cannot be read as prompt: missing prompt", "columns found: text"]),
     (sft("sft.jsonl", "data.columns={prompt: qestion}"), ["no column 'qestion'", "it has: prompt, completion"]),

@@ -67,6 +67,7 @@ _recipe("run", "any recipe from its file")
 _recipe("pretrain", "next-token training on text")
 _recipe("sft", "supervised fine-tuning on answers")
 _recipe("rm", "a reward model from preferences")
+_recipe("prm", "a process reward model from answers whose steps are labelled")
 _recipe("dpo", "preference optimisation without a reward model: DPO and its family")
 _recipe("rl", "reinforcement learning with any algorithm of the table, or one of your own")
 _recipe("rank", "preference data from a model's own answers, ranked by a reward")
@@ -111,7 +112,9 @@ def trace(
 def data_show(
     source: Annotated[str, typer.Argument(metavar="FILE", help="a file, a folder, or the name of a public set")],
     tokenizer: Annotated[str, typer.Option(help="a model folder: examples are shown token by token")] = "",
-    want: Annotated[str, typer.Option("--as", help="text, prompt, sft, preference or unpaired; by default the fullest reading")] = "",
+    want: Annotated[
+        str, typer.Option("--as", help="text, prompt, sft, preference, unpaired or stepwise; by default the fullest reading")
+    ] = "",
     examples: Annotated[int, typer.Option(help="how many examples", min=0)] = 3,
 ) -> None:
     """Columns, detected type, counts, lengths, and three examples."""

@@ -15,7 +15,8 @@ from tilt.errors import UsageError
 from tilt.runs.text import inert
 
 RECIPES = {
-    "pretrain": "pretrain", "sft": "sft", "rm": "reward_model", "dpo": "dpo", "rl": "rl", "rank": "ranking", "rlhf": "rlhf", "quickstart": "quickstart",
+    "pretrain": "pretrain", "sft": "sft", "rm": "reward_model", "prm": "process_reward", "dpo": "dpo", "rl": "rl", "rank": "ranking", "rlhf": "rlhf",
+    "quickstart": "quickstart",
 }  # fmt: skip
 """Command → module in tilt.recipes."""
 

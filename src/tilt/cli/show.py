@@ -123,7 +123,7 @@ def show_data(source: str, tokenizer: str, want: str, examples: int) -> None:
     _print(Text(dataset.summary() + others))
     texts = {
         key: [_plain(row[key]) for row in dataset.rows if key in row]
-        for key in ("text", "prompt", "messages", "completion", "chosen", "rejected")
+        for key in ("text", "prompt", "messages", "completion", "steps", "chosen", "rejected")
     }
     _print(
         _table(
@@ -143,6 +143,7 @@ def show_data(source: str, tokenizer: str, want: str, examples: int) -> None:
 
 def _tokens(rows: Sequence[dict[str, Any]], dataset: Any, tokenizer: str) -> list[str]:
     from tilt.data.rendering import renderer, show
+    from tilt.data.steps import SEPARATOR, stepwise
     from tilt.models import compat, loading
 
     compat.quiet()
@@ -151,6 +152,9 @@ def _tokens(rows: Sequence[dict[str, Any]], dataset: Any, tokenizer: str) -> lis
     render = renderer(words, "auto", conversational=dataset.conversational)
     lines = []
     for number, row in enumerate(rows):
+        if dataset.kind == "stepwise":
+            lines.append(f"\nexample {number}: {show(stepwise(render, SEPARATOR, row, number).marked, words)}")
+            continue
         if dataset.kind == "preference":
             pair = [{**row, "completion": row[side]} for side in ("chosen", "rejected")]
         else:

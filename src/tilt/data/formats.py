@@ -23,8 +23,8 @@ class Dataset:
     """Rows of one canonical kind, how they were read, and what was odd about them.
 
     text: `text`. prompt: `prompt`. prompt_completion: `prompt, completion`. messages: `messages`. preference: `prompt, chosen, rejected`
-    (and of a ranking `ranked_answers`, best first).
-    unpaired: `prompt, completion, label`. A prompt or an answer is a string, or a list of {role, content}; other columns are kept.
+    (and of a ranking `ranked_answers`, best first). unpaired: `prompt, completion, label`. stepwise: `prompt, steps, labels`.
+    A prompt or an answer is a string, or a list of {role, content}; other columns are kept.
     """
 
     kind: Kind
@@ -46,6 +46,7 @@ NEEDED: dict[Want, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
     "unpaired": ("prompt", "completion", "label"),
     "judged": ("prompt", "chosen", "rejected"),
+    "stepwise": ("prompt", "steps", "labels"),
 }
 
 
@@ -99,9 +100,9 @@ def recognise(rows: Sequence[Row], want: Want, source: str = "") -> Shape:
 
 
 def readings(rows: Sequence[Row]) -> list[Want]:
-    """Everything that these rows can be read as, the fullest first: pairs, labelled answers, answers, prompts, text."""
+    """Everything that these rows can be read as, the fullest first: pairs, labelled steps, labelled answers, answers, prompts, text."""
     found = {name for row in rows for name in row}
-    order: tuple[Want, ...] = ("preference", "unpaired", "sft", "prompt", "text")
+    order: tuple[Want, ...] = ("preference", "stepwise", "unpaired", "sft", "prompt", "text")
     return [want for want in order if any(set(shape.needs) <= found for shape in SHAPES[want])]
 
 
@@ -131,12 +132,14 @@ def oddities(rows: Sequence[Row], kind: Kind) -> dict[str, int]:
     said = [tuple(talk.plain_text(row[name]) for name in answers) for row in rows]
     if kind == "messages":
         said = [(row["messages"][-1]["content"],) for row in rows]
+    if kind == "stepwise":
+        said = [tuple(row["steps"]) for row in rows]
     asked = [prompt_text(row) for row in rows]
     whole = set(zip(asked, said, strict=True))
     return {
         "empty prompts": sum(not text.strip() for text in asked),
         "empty answers": sum(not text.strip() for texts in said for text in texts),
-        "identical pairs": sum(len(texts) == 2 and texts[0] == texts[1] for texts in said),
+        "identical pairs": sum(texts[0] == texts[1] for texts in said) if kind == "preference" else 0,
         "duplicate rows": len(rows) - len(whole) if kind != "prompt" else 0,
         "repeated prompts": len(rows) - len(set(asked)) if kind != "text" else 0,
         "rows with {{placeholders}}": sum(any(map(PLACEHOLDER.search, (text, *texts))) for text, texts in zip(asked, said, strict=True)),

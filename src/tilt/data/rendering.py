@@ -100,19 +100,20 @@ class Renderer:
 
     def prompts(self, rows: Sequence[Row]) -> list[Prompt]:
         """The prompts of rows, numbered by row; those left out for their length are counted."""
-        return self._each(self.prompt, rows)
+        return self.each(self.prompt, rows)
 
     def demonstrations(self, rows: Sequence[Row]) -> list[Rollout]:
-        return self._each(self.demonstration, rows)
+        return self.each(self.demonstration, rows)
 
     def pairs(self, rows: Sequence[Row]) -> list[tuple[Rollout, Rollout]]:
-        return self._each(self.pair, rows)
+        return self.each(self.pair, rows)
 
     def judgements(self, rows: Sequence[Row]) -> list[tuple[Rollout, ...]]:
         """The judged answers of rows; a row of which one answer is too long is left out whole."""
-        return self._each(self.judged, rows)
+        return self.each(self.judged, rows)
 
-    def _each(self, render: Callable[[Row, int], Made], rows: Sequence[Row]) -> list[Made]:
+    def each(self, render: Callable[[Row, int], Made], rows: Sequence[Row]) -> list[Made]:
+        """What `render` makes of each row and its number; rows that are too long are left out and counted."""
         made = []
         for number, row in enumerate(rows):
             try:

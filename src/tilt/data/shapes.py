@@ -13,8 +13,8 @@ from tilt.data import conversations as talk
 from tilt.data.sources import Row
 from tilt.errors import DataError
 
-Want = Literal["text", "prompt", "sft", "preference", "unpaired", "judged"]
-Kind = Literal["text", "prompt", "prompt_completion", "messages", "preference", "unpaired"]
+Want = Literal["text", "prompt", "sft", "preference", "unpaired", "judged", "stepwise"]
+Kind = Literal["text", "prompt", "prompt_completion", "messages", "preference", "unpaired", "stepwise"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,28 @@ def _unpaired(inner: Convert) -> Convert:
         good = _label(row, number, reader)
         reader.counts["labelled good" if good else "labelled bad"] += 1
         return made and {**made, "label": good}
+
+    return convert
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------------
+
+
+def _stepwise(column: str) -> Convert:
+    def convert(row: Row, number: int, reader: Reader) -> Row | None:
+        """Steps and a label for each: whether it is right, as true or false, or as the chance that it is, in [0, 1]."""
+        steps, labels, where = row[column], row["labels"], reader.where(number)
+        if not isinstance(steps, (list, tuple)) or not all(isinstance(step, str) and step.strip() for step in steps) or not steps:
+            raise DataError(f"{where}: {column!r} must be a list of texts, none of them empty, got {str(steps)[:80]}")
+        if not isinstance(labels, (list, tuple)) or len(labels) != len(steps):
+            count = f"{len(labels)} of them" if isinstance(labels, (list, tuple)) else type(labels).__name__
+            raise DataError(f"{where}: 'labels' must hold one label for each of the {len(steps)} steps, got {count}")
+        wrong = [label for label in labels if not isinstance(label, (bool, int, float)) or not 0 <= label <= 1]
+        if wrong:
+            raise DataError(f"{where}: a step's label must be true, false, or a number from 0 to 1, got {wrong[0]!r}")
+        reader.counts["steps"] += len(steps)
+        reader.counts["of them right"] += sum(label > 0.5 for label in labels)
+        return {"prompt": reader.side(row, "prompt", number), "steps": list(steps), "labels": [float(label) for label in labels]}
 
     return convert
 
@@ -316,6 +338,10 @@ LABELLED = (
     Shape(("messages", "label"), "labelled messages", "unpaired", _unpaired(_prompt_turns("messages"))),
     Shape(("conversations", "label"), "labelled ShareGPT", "unpaired", _unpaired(_prompt_turns("conversations"))),
 )
+STEPWISE = (
+    Shape(("prompt", "steps", "labels"), "labelled steps", "stepwise", _stepwise("steps")),
+    Shape(("prompt", "completions", "labels"), "labelled steps", "stepwise", _stepwise("completions")),
+)
 ANSWERS = (
     Shape(("prompt", "completion"), "prompt and completion", "prompt_completion", _prompt_completion),
     Shape(("instruction", "output"), "Alpaca", "prompt_completion", _alpaca),
@@ -346,4 +372,5 @@ SHAPES: dict[Want, tuple[Shape, ...]] = {
     "preference": PAIRS,
     "unpaired": LABELLED,
     "judged": (*PAIRS, *LABELLED),
+    "stepwise": STEPWISE,
 }

@@ -16,7 +16,17 @@ from tilt.models import adapters, compat
 from tilt.models.agreement import note, settle
 from tilt.models.policy import RewardModel
 
-__all__ = ["build", "load", "load_reward_model", "note", "padded_tokenizer", "read_tokenizer", "tiny"]
+__all__ = [
+    "build",
+    "load",
+    "load_process_model",
+    "load_reward_model",
+    "note",
+    "padded_tokenizer",
+    "read_tokenizer",
+    "tiny",
+    "write_separator",
+]
 
 
 def load(
@@ -54,6 +64,19 @@ def load_reward_model(
         f"Its configuration has {labels} labels. Train one with `tilt rm`, or give a sequence classifier with one label.",
     )
     return RewardModel(ready(classifier.to(device))), _tokenizer(name, classifier)
+
+
+def write_separator(model: RewardModel, separator: str) -> None:
+    """Note in the configuration what stands between the steps that this process reward model reads."""
+    model.model.config.step_separator = separator
+
+
+def load_process_model(
+    model: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[RewardModel, Any, str]:
+    """A process reward model, its tokenizer, and the separator of steps that it was trained with; empty where its configuration names none."""
+    found, tokenizer = load_reward_model(model, dtype=dtype, device=device)
+    return found, tokenizer, str(getattr(found.model.config, "step_separator", ""))
 
 
 def _complete(name: str, lacking: list[str], what: str, mend: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,12 @@ class RewardModel(nn.Module):
     def everywhere(self, pack: Pack) -> Tensor:
         """Score read after every token, [T]: what `forward` reads at the last token of each sequence."""
         return compat.score_of(self.model)(hidden_states(self.model, pack))[:, 0]
+
+    def after(self, pack: Pack, ends: Sequence[Sequence[int]]) -> Tensor:
+        """Score read after the answers' tokens with these numbers, [J]: one list of numbers for each sequence, in the pack's order of sequences."""
+        starts = pack.segments.start[pack.own].tolist()
+        places = [start + end for start, numbers in zip(starts, ends, strict=True) for end in numbers]
+        return self.everywhere(pack)[torch.tensor(places, device=pack.tokens.device)]
 
 
 class Critic(nn.Module):

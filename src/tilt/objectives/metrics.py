@@ -149,5 +149,8 @@ GLOSSARY: Mapping[str, str] = MappingProxyType(
         "eval/nll": "Negative log-likelihood of held-out given answers, nats a token. Should fall; when it rises while loss falls, stop: it overfits.",
         "eval/perplexity": "exp of eval/nll. Read it as the number of equally likely tokens to choose from.",
         "eval/ends": "Share of held-out given answers after which the policy finds a stop token the likeliest. Near 1 after SFT; else sampled answers run on.",
+        "eval/first_wrong": "Share of held-out answers whose first wrong step the process reward model finds, or that it finds faultless where they are. Above 0.9 before a policy is trained on it.",
+        "eval/located": "The same share among answers with a wrong step. If `eval/cleared` is high and this low, it calls everything right: label more wrong steps.",
+        "eval/cleared": "Share of the faultless held-out answers in which the process reward model finds no wrong step. If this is low, it calls good steps wrong: train longer.",
     }
 )

@@ -80,7 +80,7 @@ def _read(source: str, want: Want, columns: Mapping[str, str]) -> Dataset:
 def texts(found: Iterable[Row]) -> Iterable[str]:
     """Every text of the rows, for a tokenizer to be trained on."""
     for row in found:
-        for key in ("text", "prompt", "completion", "chosen", "rejected", "messages"):
+        for key in ("text", "prompt", "completion", "chosen", "rejected", "messages", "steps"):
             yield from _texts(row.get(key))
         for answer in row.get(RANKED, ()):
             yield from _texts(answer)
@@ -90,7 +90,7 @@ def _texts(value: Any) -> Iterable[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Sequence):
-        yield from (str(m["content"]) for m in value)
+        yield from (m if isinstance(m, str) else str(m["content"]) for m in value)
 
 
 def settle(run: Run) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from tilt.data.formats import Want
 from tilt.data.packing import Pack, pack
 from tilt.data.rendering import Renderer, show
 from tilt.data.rollouts import Prompt, Rollout, Sampling
+from tilt.data.steps import check_separator, stepwise
 from tilt.errors import UsageError
 from tilt.learning.judged import Judged, lay
 from tilt.models.adapters import adapter_off
@@ -34,7 +36,7 @@ from tilt.runs.text import duration, inert, middle, number
 from tilt.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
-    from tilt.recipes import dpo, pretrain, ranking, reward_model, rl_settings, sft
+    from tilt.recipes import dpo, pretrain, process_reward, ranking, reward_model, rl_settings, sft
 
 Examples = Sequence[Rollout]
 SHOWN = 1200  # terminal cells of an example
@@ -99,6 +101,24 @@ def scored_pairs(config: reward_model.Config) -> list[str]:
         {},
         card(row, name=name),
     )
+
+
+def labelled_steps(config: process_reward.Config) -> list[str]:
+    """The plan of a process reward model."""
+    found = _open(config, "stepwise")
+    check_separator(config.separator, found.tokenizer)
+    train = found.render.each(partial(stepwise, found.render, config.separator), found.rows.train)
+    model = RewardModel.from_policy(opening.policy_of(found.lm, found.device), padding=padded_tokenizer(found.tokenizer).pad_token_id)
+    opening.adapted(model.model, config.lora)
+    measured = _try(lambda batch: model(batch).sum(), [a.rollout for a in train[: config.batch]], config, found.device, model)
+    tokens = sum(len(a.rollout.prompt.tokens) + len(a.rollout.tokens) for a in train)
+    return [
+        *_opening(config, "prm", found, model),
+        *_shown([show(answer.marked, found.tokenizer) for answer in train[:2]]),
+        *_memory(config, model, measured, tokens / len(train) * config.batch, {}, 0),
+        *_epochs(config, "answers", len(train), tokens, measured),
+        *([f"note       {model.note}"] if model.note else []),
+    ]
 
 
 def compared_pairs(config: dpo.Config) -> list[str]:

@@ -1,0 +1,98 @@
+"""Process reward model: a sequence classifier read at the end of every step, the chance that the step is right (arXiv 2305.20050)."""
+
+from __future__ import annotations
+
+from functools import partial
+from time import perf_counter
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from tilt.data.steps import SEPARATOR, check_separator, stepwise
+from tilt.data.streams import Stream
+from tilt.learning.steps import measure_steps, update_steps
+from tilt.models.loading import padded_tokenizer, write_separator
+from tilt.models.policy import RewardModel
+from tilt.models.saving import save
+from tilt.optim.optimizers import Optimizer
+from tilt.recipes import opening, planning
+from tilt.recipes.finishing import Result, keeping, saved
+from tilt.recipes.settings import Optimizer as OptimizerSettings
+from tilt.recipes.settings import Training
+
+IMPORTANT = ("loss", "accuracy", "eval/first_wrong", "eval/accuracy", "eval/loss", "grad_norm", "lr")
+
+
+class Config(Training):
+    """A process reward model trained on answers whose steps are labelled; it starts from the body of a language model."""
+
+    separator: Annotated[str, Field(min_length=1, description="what stands between two steps; it is saved with the model")] = SEPARATOR
+    epochs: Annotated[float, Field(gt=0.0, description="passes over the answers; `steps` overrides it")] = 2.0
+    steps: Annotated[int | None, Field(ge=1, description="optimizer steps")] = None
+    batch: Annotated[int, Field(ge=1, description="answers an optimizer step")] = 32
+    optimizer: OptimizerSettings = OptimizerSettings(lr=5e-4, schedule="linear", warmup=10, weight_decay=0.1)
+    eval_every: Annotated[int, Field(ge=0, description="steps between evaluations; 0 = before and after only")] = 0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.data.train_on != "completion":
+            raise ValueError(f"data.train_on {self.data.train_on}: without effect, the loss is on the ends of steps; leave it out")
+        return self
+
+
+def run(config: Config) -> Result:
+    """Train on labelled steps, evaluate on held-out answers, and save as a sequence classifier."""
+    device = opening.settle(config)
+    rows = opening.rows(config.data, "stepwise")
+    lm, tokenizer, name = opening.language_model(config.model, config.tokenizer, lambda: opening.texts(rows.train), config.seed)
+    render = opening.renderer(tokenizer, config.data, lm, rows)
+    check_separator(config.separator, tokenizer)
+    read = partial(stepwise, render, config.separator)
+    train, held = render.each(read, rows.train), render.each(read, rows.held_out) if rows.held_out else []
+    words = padded_tokenizer(tokenizer)
+    model = RewardModel.from_policy(opening.policy_of(lm, device), padding=words.pad_token_id, seed=config.seed)
+    write_separator(model, config.separator)
+    if config.lora is not None:
+        opening.adapted(model.model, config.lora)
+    batch = min(config.batch, len(train))
+    steps = config.steps or max(1, round(config.epochs * len(train) / config.batch))
+    optimizer, stream, precision = (
+        Optimizer(model, config.optimizer.settings(), steps),
+        Stream(train, config.seed),
+        opening.precision(config, device),
+    )
+    directory, journal = opening.directory(config, "process_reward", name, steps, IMPORTANT, label="prm")
+    with journal:
+        journal.header(
+            [
+                f"run        {directory.path}",
+                opening.headline(name, model, device, config),
+                *rows.notes,
+                f"           {render.summary()}; steps end at {config.separator!r} and at the end of the answer",
+                f"steps      {steps} of {batch} answers",
+            ]
+        )
+        first: dict[str, float] = {}
+        for step in range(steps + 1):
+            found = (
+                measure_steps(model, held, config.micro_tokens, device, precision)
+                if held and opening.due(step, steps, config.eval_every)
+                else {}
+            )
+            first = found if step == 0 else first
+            named = {f"eval/{key}": value for key, value in found.items()}
+            if step == steps:
+                journal.step(step, named)
+                break
+            began, answers = perf_counter(), stream.draw(step, batch)
+            with keeping(directory, step):
+                report = update_steps(model, optimizer, answers, micro_tokens=config.micro_tokens, device=device, autocast=precision)
+            tokens = sum(len(a.rollout.prompt.tokens) + len(a.rollout.tokens) for a in answers)
+            journal.step(step, report | {"tokens_per_second": tokens / (perf_counter() - began)} | named)
+        checkpoint = saved(directory, steps, partial(save, model.model, words), config.save)
+    return Result(directory, checkpoint, first, found)
+
+
+def plan(config: Config) -> list[str]:
+    """What a run would read, hold and take, in lines; nothing is trained or written."""
+    return planning.labelled_steps(config)
