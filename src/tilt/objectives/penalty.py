@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -45,80 +44,60 @@ class NoPenalty(Penalty):
         return torch.zeros_like(outputs.logprobs)
 
 
-class Estimate(Protocol):
-    """A one-sample estimate of KL(policy || reference) and how it enters."""
+class Estimate(Penalty, Protocol):
+    """beta kind(u), a one-sample estimate of KL(policy || reference): u = l - l_ref of the action or, summed, of its sequence.
+
+    `weighted`: times policy / old of the same level, differentiated.
+    """
+
+    beta: float
+    level: Level
+    weighted: bool
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, beta=self.beta)
 
     @property
-    def beta(self) -> float: ...
+    def needs(self) -> frozenset[str]:
+        return REFERENCE | {"old"} if self.weighted else REFERENCE
 
-    @property
-    def level(self) -> Level: ...
+    @staticmethod
+    def kind(u: Tensor) -> Tensor: ...
 
-    @property
-    def weighted(self) -> bool: ...
+    def __call__(self, outputs: Outputs, signals: Signals, layout: Layout) -> PerAction:
+        whole = self.level == "sequence"
 
+        def of_level(x: Tensor) -> Tensor:
+            return segment_sum(x, layout) if whole else x
 
-def check_estimate(piece: Estimate) -> None:
-    check_not_negative(piece, beta=piece.beta)
-
-
-def estimate_needs(piece: Estimate) -> frozenset[str]:
-    return REFERENCE | {"old"} if piece.weighted else REFERENCE
-
-
-def estimated(kind: Callable[[Tensor], Tensor], piece: Estimate, outputs: Outputs, signals: Signals, layout: Layout) -> PerAction:
-    """beta kind(u), u = l - l_ref of the action or, summed, of its sequence; `weighted`: times policy / old of the same level, differentiated."""
-    whole = piece.level == "sequence"
-
-    def of_level(x: Tensor) -> Tensor:
-        return segment_sum(x, layout) if whole else x
-
-    each = piece.beta * kind(of_level(outputs.logprobs - signals.reference))
-    if piece.weighted:
-        each = of_level(outputs.logprobs - signals.old).exp() * each
-    return spread(each, layout) if whole else each
+        each = self.beta * self.kind(of_level(outputs.logprobs - signals.reference))
+        if self.weighted:
+            each = of_level(outputs.logprobs - signals.old).exp() * each
+        return spread(each, layout) if whole else each
 
 
 @dataclass(frozen=True)
-class K1(Penalty):
+class K1(Estimate):
     """beta u, u = l - l_ref. Its expected gradient is 0 unless it is `weighted` by policy / old: then it is that of KL(policy || reference)."""
 
     beta: float = 0.05
     level: Level = "token"
     weighted: bool = False
-
-    def __post_init__(self) -> None:
-        check_estimate(self)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return estimate_needs(self)
-
-    def __call__(self, outputs: Outputs, signals: Signals, layout: Layout) -> PerAction:
-        return estimated(k1, self, outputs, signals, layout)
+    kind = staticmethod(k1)
 
 
 @dataclass(frozen=True)
-class K2(Penalty):
+class K2(Estimate):
     """beta u^2 / 2: pulls along KL(policy || reference), of the sequence exactly, of tokens with prefixes frozen."""
 
     beta: float = 0.01
     level: Level = "token"
     weighted: bool = False
-
-    def __post_init__(self) -> None:
-        check_estimate(self)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return estimate_needs(self)
-
-    def __call__(self, outputs: Outputs, signals: Signals, layout: Layout) -> PerAction:
-        return estimated(k2, self, outputs, signals, layout)
+    kind = staticmethod(k2)
 
 
 @dataclass(frozen=True)
-class K3(Penalty):
+class K3(Estimate):
     """beta (exp(-u) + u - 1): pulls along KL(reference || policy) (DeepSeekMath, 2402.03300; of the whole answer: DeepSeek-R1, 2501.12948).
 
     `weighted` by policy / old it pulls along KL(policy || reference) (2512.02556).
@@ -127,16 +106,7 @@ class K3(Penalty):
     beta: float = 0.04
     level: Level = "token"
     weighted: bool = False
-
-    def __post_init__(self) -> None:
-        check_estimate(self)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return estimate_needs(self)
-
-    def __call__(self, outputs: Outputs, signals: Signals, layout: Layout) -> PerAction:
-        return estimated(k3, self, outputs, signals, layout)
+    kind = staticmethod(k3)
 
 
 @dataclass(frozen=True)
