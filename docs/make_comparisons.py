@@ -115,12 +115,18 @@ def frontier(folder: Path) -> Figures:
 
 
 def frontier_page(found: Figures) -> list[str]:
-    held = [f"| {name} | {len(parts)}: {', '.join(parts)} | {spread(found['seconds'][name])} |" for name, parts in found["models"].items()]
+    trained = ("policy", "critic")
+    weights = {name: sum(4 if part in trained else 1 for part in parts) for name, parts in found["models"].items()}
+    base = statistics.median(found["seconds"]["rloo"])
+    held = [
+        f"| {name} | {len(parts)}: {', '.join(parts)} | {weights[name]} | {statistics.median(found['seconds'][name]) / base:.2f} |"
+        for name, parts in found["models"].items()
+    ]
     reached = [f"| {key} | {spread(found['reward'][key])} | {spread(found['kl'][key], 2)} |" for key in found["reward"]]
     return [
         "The manners task of the quickstart: 64 prompts × 4 answers a step, 40 steps, the same SFT and reward model for all three.",
         "A model that is held costs its weights; one that is trained costs four times that (gradient and two averages of Adam).", "",
-        "| algorithm | models held | median seconds a step |", "|---|---|---|", *held, "",
+        "| algorithm | models held | memory, in weights of one model | median step time, of RLOO's |", "|---|---|---|---|", *held, "",
         "Where each ends, by the strength of its tie to the reference (`kl` of the reward for PPO and RLOO, `beta` of k3 in the loss for GRPO, whose advantages "
         "are divided by the group's deviation, so that equal numbers are not equal ties):", "",
         "| algorithm, strength | rise of the reward | sequence KL to the reference, nats |", "|---|---|---|", *reached,
