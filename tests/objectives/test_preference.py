@@ -634,6 +634,16 @@ def test_far_pairs_stay_finite_in_float32(name: str, scale: float) -> None:
     assert loss.isfinite() and all(g.isfinite().all() for g in gradient)
 
 
+@pytest.mark.parametrize("kind", [ImplicitReward, ForwardKL, JensenShannon, AlphaDivergence])
+def test_implicit_rewards_agree_where_policy_and_reference_do(kind: Any) -> None:
+    """Every divergence: reward 0 at u = 0, with slope beta by u (half of it for Jensen-Shannon); beta is .1 unless said."""
+    scores = double(-3.0, -1.0).requires_grad_()
+    reward = kind()(Answers.of(scores, reference=double(-3.0, -1.0)))
+    (slope,) = torch.autograd.grad(reward.sum(), scores)
+    assert reward.tolist() == pytest.approx([0, 0], abs=1e-12) and kind().beta == 0.1
+    assert slope.tolist() == pytest.approx([0.05 if kind is JensenShannon else 0.1] * 2, abs=1e-12)
+
+
 def test_a_certain_answer_has_finite_odds() -> None:
     certain = torch.zeros(1).requires_grad_()
     pairs = Pairs.of(*(Answers.of(x, lengths=torch.ones(1)) for x in (certain, torch.full((1,), -1.0))))
