@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+import tilt
 from tilt.segments import Layout
 
 Axis = Literal["batch", "prompt", "answer", "action", "pair"]
@@ -95,6 +96,12 @@ def _statements(file: str) -> list[ast.stmt]:
     return ast.parse(Path(file).read_text(encoding="utf-8")).body
 
 
+def _within_package(file: Path) -> Path:
+    """tilt/objectives/policy.py, wherever the package is installed; a file from elsewhere as it is."""
+    package = Path(tilt.__file__).parent
+    return file.relative_to(package.parent) if file.is_relative_to(package) else file
+
+
 def place_of(name: str) -> str:
     """`file:line` of `module:qualified.name`, read from the source as it is, without importing the module."""
     module, _, path = name.partition(":")
@@ -108,4 +115,4 @@ def place_of(name: str) -> str:
         assert found is not None, f"{name} is not in {spec.origin}"
         body, line = found.body, found.lineno
     file = Path(spec.origin)
-    return f"{os.path.relpath(file) if file.is_relative_to(Path.cwd()) else file}:{line}"
+    return f"{os.path.relpath(file) if file.is_relative_to(Path.cwd()) else _within_package(file)}:{line}"
