@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations_with_replacement, product
@@ -200,21 +200,38 @@ def _by_outputs(objective: Objective, situation: Situation, layout: Layout, tota
     """
     given = {name: x[index] for name, x in situation.said.items()}
     free = [x.reshape(-1)[index].requires_grad_() for x in situation.free(objective.against)]
-
-    def loss(logprobs: Tensor, entropy: Tensor, kl: Tensor, total: Tensor, given: dict[str, Tensor]) -> Tensor:
-        said = {name: x for name, x in given.items() if name not in ("policy", "steps")}
-        signals = Signals(**said, final=total.new_zeros(layout.sequences))
-        experience = objective.prepare(Rewards.of(total, given["steps"]), signals, layout)
-        return objective.loss(Outputs.of(logprobs, entropy=entropy, kl=kl, values=given["values"]), experience)
-
-    try:
+    loss = partial(_loss, objective, layout)
+    if batched(objective, situation):
         losses: Tensor = torch.vmap(loss)(free[0], free[1], free[2], total, given)
-    except (RuntimeError, ValueError):
+    else:
         each = [loss(free[0][b], free[1][b], free[2][b], total[b], {name: x[b] for name, x in given.items()}) for b in range(len(total))]
         losses = torch.stack(each)
     if not losses.requires_grad:
         return [None] * len(free)
     return list(torch.autograd.grad(losses.sum(), free, allow_unused=True))
+
+
+def _loss(
+    objective: Objective, layout: Layout, logprobs: Tensor, entropy: Tensor, kl: Tensor, total: Tensor, given: Mapping[str, Tensor]
+) -> Tensor:
+    """The row's loss on one batch."""
+    said = {name: x for name, x in given.items() if name not in ("policy", "steps")}
+    signals = Signals(**said, final=total.new_zeros(layout.sequences))
+    experience = objective.prepare(Rewards.of(total, given["steps"]), signals, layout)
+    return objective.loss(Outputs.of(logprobs, entropy=entropy, kl=kl, values=given["values"]), experience)
+
+
+def batched(objective: Objective, situation: Situation) -> bool:
+    """Whether the row can be applied to many batches at once: it cannot where it looks at a number or chooses by a mask."""
+    layout = situation.mdp.layout
+    given = {name: x[: layout.actions].expand(2, -1) for name, x in situation.said.items()}
+    free = situation.free(objective.against)[:, 0].unsqueeze(1).expand(-1, 2, -1)
+    total = situation.mdp.rewards[0].expand(2, -1)
+    try:
+        torch.vmap(partial(_loss, objective, layout))(free[0], free[1], free[2], total, given)
+    except RuntimeError:
+        return False
+    return True
 
 
 # -------------------------------------------------------------------------------------------------- expectations
@@ -273,13 +290,12 @@ def limit(objective: Objective, situation: Situation) -> Tensor:
 
 
 def _denominator(chance: Tensor, largest: int = 1 << 20) -> int:
-    """The smallest number of equal parts that these probabilities are whole numbers of."""
-    size = 1
-    while size <= largest:
+    """The smallest number 2^a 3^b 5^c of equal parts that these probabilities are whole numbers of."""
+    sizes = sorted(2**a * 3**b * 5**c for a in range(21) for b in range(13) for c in range(9) if 2**a * 3**b * 5**c <= largest)
+    for size in sizes:
         if (chance * size - (chance * size).round()).abs().max() < 1e-6:
             return size
-        size *= 2
-    raise UsageError(f"the sampler's probabilities are not whole numbers of 1/{largest}: use TokenMDP.in_parts with 4 or 8 parts")
+    raise UsageError(f"the sampler's probabilities are not whole numbers of 1/{largest} or more: use TokenMDP.in_parts with 4 or 5 parts")
 
 
 def effective_samples(situation: Situation) -> float:

@@ -213,11 +213,21 @@ def optimum(mdp: TokenMDP, beta: float) -> Optimum:
     return Optimum(logits.log_softmax(-1), ahead[()])
 
 
-def state_values(mdp: TokenMDP, policy: Tensor, *, kl: float = 0.0) -> Tensor:
-    """V(x) = E[rewards still to come | prefix x] when the policy answers, less kl log(policy / reference) of each action to come, [G, X]."""
-    said = logprobs(mdp, policy)
-    paid = (mdp.steps - kl * (said - logprobs(mdp, mdp.reference))).index_add(1, mdp.layout.last, mdp.rewards)
-    to_go = torch.stack([discounted_sums(row, mdp.layout, 1.0) for row in paid])
-    chance = mdp.over_answers(said).exp()[:, mdp.layout.sequence]
-    total = torch.zeros_like(policy[..., 0]).index_add(1, mdp.prefix, chance * to_go)
+def to_go(mdp: TokenMDP, policy: Tensor, *, kl: float = 0.0, gamma: float = 1.0) -> Tensor:
+    """sum_(k>=t) gamma^(k-t) (r_k - kl log(policy / reference)_k) after each action of each answer, [G, A]."""
+    said = logprobs(mdp, policy) - logprobs(mdp, mdp.reference)
+    paid = (mdp.steps - kl * said).index_add(1, mdp.layout.last, mdp.rewards)
+    return torch.stack([discounted_sums(row, mdp.layout, gamma) for row in paid])
+
+
+def state_values(mdp: TokenMDP, policy: Tensor, *, kl: float = 0.0, gamma: float = 1.0) -> Tensor:
+    """V(x) = E[`to_go` | prefix x] when the policy answers, [G, X]."""
+    chance = answer_logprobs(mdp, policy).exp()[:, mdp.layout.sequence]
+    total = torch.zeros_like(policy[..., 0]).index_add(1, mdp.prefix, chance * to_go(mdp, policy, kl=kl, gamma=gamma))
     return total / visits(mdp, policy)
+
+
+def score_mean(mdp: TokenMDP, policy: Tensor, sampler: Tensor, x: Tensor) -> Tensor:
+    """E[sum_t x_t grad log policy(action_t)] over answers of `sampler`, x [G, A] held fixed; mean over prompts, [G, X, V]."""
+    chance = answer_logprobs(mdp, sampler).exp()[:, mdp.layout.sequence]
+    return gradient(lambda p: (chance * x.detach() * logprobs(mdp, p)).sum(1).mean(), policy)
