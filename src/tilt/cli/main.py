@@ -108,6 +108,21 @@ def trace(
     show_trace(words, run, step, group, json)
 
 
+@app.command()
+def audit(
+    name: Annotated[str, typer.Argument(help="an algorithm, a recipe's file, or file.py:NAME")] = "",
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="[slot.key=value …]", help="slots to change, as in credit.scale=none", show_default=False)
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="as one JSON object, a list with --all")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="every row of the table")] = False,
+) -> None:
+    """What a row's expected gradient is, by exact enumeration: bias, variance, invariances, a verdict. Exit code 1 where it is mistaken."""
+    from tilt.cli.audit import show_audit
+
+    raise typer.Exit(show_audit(name, changes or [], json, everything))
+
+
 @data.command("show")
 def data_show(
     source: Annotated[str, typer.Argument(metavar="FILE", help="a file, a folder, or the name of a public set")],

@@ -247,6 +247,9 @@ def _average_effect(objective: Objective, goal: str = "J") -> str:
     if isinstance(average, TokenAverage):
         return "with the token average consistent for it over E[length], bias O(1/B)"
     if isinstance(average, SequenceAverage):
-        divided = "with each answer divided by its length" + (", so that J becomes E[(R - J) / n]: not J itself" if goal == "J" else "")
-        return "" if isinstance(objective.ratio, ProductRatio) else divided
+        if isinstance(objective.ratio, ProductRatio):
+            return ""
+        relative = isinstance(objective.credit, GroupRelative)
+        aim = ", so that J becomes E[(R - J) / n]: not J itself" if relative else ": not the gradient of J" if goal == "J" else ""
+        return f"with each answer divided by its length{aim}"
     return "with an average of your own"

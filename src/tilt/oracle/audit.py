@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 
-import torch
-
-from tilt.objectives import ALGORITHMS, GroupRelative, NoRatio, Objective, PerBudget, Score, TokenAverage
+from tilt.objectives import GroupRelative, NoRatio, Objective, PerBudget, Score, TokenAverage
 from tilt.oracle import estimand as found_by
 from tilt.oracle import token_mdp as exact
-from tilt.oracle.checks import Check, all_checks
+from tilt.oracle.checks import FOLLOWS, Check, all_checks
 from tilt.oracle.estimand import BEST, LIKELIHOOD, NOTHING, PER_LENGTH, PROBABILITY, TOKEN_KL, WHOLE_KL, Estimand, J, Pull
 from tilt.oracle.expectation import Situation, compare, couples, effective_samples, expect, limit
-from tilt.oracle.scene import Scene, policy_part
+from tilt.oracle.scene import Scene, policy_part, without_kl
 
 SMALL = "2 prompts x 2 answers"
-STATEFUL = ("stale normaliser", "it remembers the batch before", "it fails on memory")
-"""Mistakes that leave no expected gradient to speak of."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,7 @@ class Audit:
     critic: str
     pull: str
     away: str
+    growth: tuple[float, ...]
     checks: tuple[Check, ...]
     mistakes: tuple[Mistake, ...]
     verdict: str
@@ -63,30 +60,55 @@ def audit(row: Objective, name: str = "custom") -> Audit:
     """Audit a row on the enumerated MDP; some seconds."""
     began = perf_counter()
     checks = tuple(all_checks(row))
-    mistakes = [Mistake(check.mistake, check.seen, check.mend) for check in checks if not check.passed]
+    mistakes = _causes(checks)
     nothing = Estimand(NOTHING, "not", 0.0, cosine=0.0, error=1.0)
-    if {mistake.name for mistake in mistakes} & set(STATEFUL):
+    if not checks[0].passed:
         return _closed(name, nothing, "no expected gradient: it depends on the batches before", checks, mistakes, began)
     try:
         found = found_by.estimand(row)
         statement, mistakes = _statement(row, found), mistakes + _turned(found)
         if found.target == NOTHING and not mistakes:
             mistakes.append(Mistake("nothing is learned", "the expected gradient is 0", "the advantages do not reach the loss"))
-        noise, rloo = _noises(row)
+        noise, rloo = _noises(row, found)
         critic, pull, away = _critic(row, found), _pull(found_by.pull(row)), _away(row, found)
+        growth = found_by.growth(row) if found.target == J and found.holds == "as the batch grows" and not found.binary else ()
     except (ArithmeticError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         mistakes.append(Mistake("it fails on the enumerated batches", f"{type(error).__name__}: {error}", "mend the error first"))
         return _closed(name, nothing, "no expected gradient: the row fails", checks, mistakes, began)
     return Audit(
-        name, found, statement, found.cosine, found.error, noise, rloo, critic, pull, away, checks, tuple(mistakes), _verdict(found, mistakes),
+        name, found, statement, found.cosine, found.error, noise, rloo, critic, pull, away, growth, checks, tuple(mistakes),
+        _verdict(found, mistakes),
         perf_counter() - began,
     )  # fmt: skip
+
+
+def _causes(checks: Sequence[Check]) -> list[Mistake]:
+    """Each mistake once, without what follows from an earlier one."""
+    found: dict[str, Mistake] = {}
+    for check in checks:
+        if not check.passed and not any(check.mistake in FOLLOWS.get(name, ()) for name in found):
+            found.setdefault(check.mistake, Mistake(check.mistake, check.seen, check.mend))
+    return list(found.values())
 
 
 def _closed(name: str, found: Estimand, statement: str, checks: tuple[Check, ...], mistakes: Sequence[Mistake], began: float) -> Audit:
     nan = float("nan")
     return Audit(
-        name, found, statement, nan, nan, nan, nan, "", "", "", checks, tuple(mistakes), _verdict(found, mistakes), perf_counter() - began
+        name,
+        found,
+        statement,
+        nan,
+        nan,
+        nan,
+        nan,
+        "",
+        "",
+        "",
+        (),
+        checks,
+        tuple(mistakes),
+        _verdict(found, mistakes),
+        perf_counter() - began,
     )
 
 
@@ -115,12 +137,12 @@ def _statement(row: Objective, found: Estimand) -> str:
 def _times(row: Objective, found: Estimand) -> str:
     """The multiple of grad J as a formula, and what a discount makes of J."""
     grad = "grad J" if found.gamma == 1 else f"sum_t grad l_t sum_(k>=t) {found.gamma:g}^(k-t) r_k, the gradient of no function,"
-    free = found.holds != "exactly" and found_by.scale_free(row)
+    grown = found.holds != "exactly"
+    free = grown and found_by.scale_free(row)
     text = found_by.named(found_by.multiples(row), 5e-3 if free else 1e-7)
-    length = " / E[n]" if found.holds != "exactly" and isinstance(row.average, TokenAverage) else ""
+    length = " / E[n]" if grown and (isinstance(row.average, TokenAverage) if free else text) else ""
     if free:
-        share = "(1 - 1/G) " if "(1 - 1/G)" in text else ""
-        return f"{'-' if found.multiple < 0 else ''}{share}{grad}{length} / sigma"
+        return f"{'-' if found.multiple < 0 else ''}{'(1 - 1/G) ' if '(1 - 1/G)' in text else ''}{grad}{length} / sigma"
     if text in ("1", "-1"):
         return f"{text[:-1]}{grad}{length}"
     return f"{text or f'{found.multiple:.4g}'} {grad}{length}"
@@ -135,14 +157,11 @@ def _turned(found: Estimand) -> list[Mistake]:
     return [Mistake("sign flipped", f"training lowers {goal}: cosine {found.cosine:.3f}", "loss = -sum of weight * gain: raise the gain")]
 
 
-def _noises(row: Objective) -> tuple[float, float]:
+def _noises(row: Objective, found: Estimand) -> tuple[float, float]:
     """Variance over squared length, per answer, of the policy part and of RLOO on the same rewards."""
-    plain = policy_part(row)
-    scene = Scene.fit(plain)
-    imitates = found_by.estimand(plain).target in (LIKELIHOOD, PROBABILITY) if not found_by.reads(plain, scene) else False
-    kl = getattr(row.credit, "kl", 0.0)
-    rloo = Objective(GroupRelative("leave_one_out", "none", kl=kl), NoRatio(), Score(), PerBudget(1))
-    return expect(plain, scene.given() if imitates else scene.at(plain)).noise, expect(rloo, scene.at(rloo)).noise
+    at = found_by.setting_of(row, found)
+    rloo = Objective(GroupRelative("leave_one_out", "none", kl=getattr(row.credit, "kl", 0.0)), NoRatio(), Score(), PerBudget(1))
+    return expect(policy_part(row), at).noise, expect(rloo, found_by.scene_of(row).at(rloo)).noise
 
 
 def _critic(row: Objective, found: Estimand) -> str:
@@ -154,7 +173,10 @@ def _critic(row: Objective, found: Estimand) -> str:
     wrong = scene.at(plain, critic=scene.at(plain).critic + scene.mdp.tilted(0.8, seed=7)[..., 0])
     mean = limit(plain, wrong) if couples(plain, wrong) else expect(plain, wrong).mean
     aim = exact.score_mean(
-        scene.mdp, scene.policy, scene.policy, exact.to_go(scene.mdp, scene.policy, kl=found.kl or getattr(row.credit, "kl", 0.0), gamma=found.gamma)
+        scene.mdp,
+        scene.policy,
+        scene.policy,
+        exact.to_go(scene.mdp, scene.policy, kl=found.kl or getattr(row.credit, "kl", 0.0), gamma=found.gamma),
     )
     near = compare(mean, aim)
     if found.holds == "not":
@@ -168,9 +190,11 @@ def _pull(found: Pull | None) -> str:
         return ""
     if not found.multiple:
         return "nothing at policy = old"
-    where = {"exactly": ", exactly", "as the batch grows": ", as the batch grows", "not": f", nearly: cosine {found.cosine:.3f}"}[found.holds]
+    where = {"exactly": ", exactly", "as the batch grows": ", as the batch grows", "not": f", nearly: cosine {found.cosine:.3f}"}[
+        found.holds
+    ]
     if found.averaged:
-        where = ", of which the average divides each answer by its length"
+        where = ", summed over actions; the row's average then weighs the answers"
     return f"{found.multiple:+.3g} grad {found.along}{where}"
 
 
@@ -178,8 +202,7 @@ def _away(row: Objective, found: Estimand) -> str:
     """What is left of the claim one step away from old, for rows that may take several steps on a batch."""
     if row.passes == 1 or found.target != J or found.binary or found.holds == "not":
         return ""
-    plain = policy_part(row)
-    bare = replace(plain, credit=replace(plain.credit, kl=0.0)) if getattr(plain.credit, "kl", 0.0) else plain  # type: ignore[type-var]
+    bare = without_kl(policy_part(row))
     scene = Scene.fit(bare)
     old = scene.policy + scene.mdp.tilted(0.1, seed=8)
     at = Situation.of(scene.mdp, 2, scene.policy, old=old, critic=exact.state_values(scene.mdp, old, gamma=found.gamma))
@@ -197,23 +220,22 @@ def _verdict(found: Estimand, mistakes: Sequence[Mistake]) -> str:
     if found.target == J and found.gamma != 1:
         return "usable: it follows the discounted reward without the factor gamma^t; gamma 1 follows J"
     if found.target == J and found.weights:
-        return "usable: it raises each prompt's success, prompts weighed by difficulty; with rewards of many values the direction is its own"
+        return (
+            "usable: it raises each prompt's success, prompts weighed by difficulty; with rewards of many values the direction is its own"
+        )
     if found.target == J and found.holds == "exactly":
-        return "sound: it raises J" if abs(found.multiple - 1) < found_by.TIGHT else "sound: it raises J, the learning rate takes the multiple"
+        return (
+            "sound: it raises J" if abs(found.multiple - 1) < found_by.TIGHT else "sound: it raises J, the learning rate takes the multiple"
+        )
     if found.target == J and found.holds == "as the batch grows":
         return f"sound in large batches: the bias in {SMALL} is {100 * found.error:.0f} % of the gradient and falls as 1 / batch"
     if found.target == PER_LENGTH:
-        return "usable: it prefers short right answers and long wrong ones to J's choice; average per_budget raises J"
+        return "usable: it favours short right answers and long wrong ones; average per_budget follows J"
     if found.target in (LIKELIHOOD, PROBABILITY, BEST):
         return "sound for imitation; it does not follow grad J"
     if found.target in (WHOLE_KL, TOKEN_KL):
         return "sound for distillation; it reads no reward"
     return f"biased: its direction is not grad J's at any batch size (cosine {found.cosine:.2f}); choose it for other reasons than J"
-
-
-def audit_all() -> list[Audit]:
-    """Every row of THE TABLE."""
-    return [audit(row, name) for name, row in ALGORITHMS.items()]
 
 
 def plain(found: Audit) -> dict[str, object]:

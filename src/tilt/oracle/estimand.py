@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tilt.objectives import NoBonus, NoControl, NoPenalty, Objective, PerBudget, TrustRegion
 from tilt.oracle import token_mdp as exact
-from tilt.oracle.expectation import compare, couples, expect, expect_by_prompt, groups, limit
-from tilt.oracle.scene import Kind, Scene, policy_part, reads
+from tilt.oracle.expectation import Situation, compare, couples, expect, expect_by_prompt, groups, limit
+from tilt.oracle.scene import Kind, Scene, policy_part, reads, without_kl
 from tilt.oracle.token_mdp import TokenMDP
 
 TIGHT = 1e-9
@@ -54,12 +54,22 @@ WHOLE_KL, TOKEN_KL, NOTHING = "-KL(policy || reference)", "-KL(policy || referen
 def estimand(row: Objective) -> Estimand:
     """The strongest claim that the numbers bear out, from `exactly grad J` down to `not` a multiple of any target."""
     plain = policy_part(row)
+    scene = scene_of(row)
+    return _rewarded(plain, scene) if reads(plain, scene) else _unrewarded(plain, scene)
+
+
+def scene_of(row: Objective) -> Scene:
+    """A reward for each answer, or for each action where the row reads nothing else."""
+    plain = policy_part(row)
     kinds: tuple[Kind, ...] = ("general", "dense")
-    for kind in kinds:
-        scene = Scene.fit(plain, kind)
-        if reads(plain, scene):
-            return _rewarded(plain, scene)
-    return _unrewarded(plain, Scene.fit(plain))
+    scenes = (Scene.fit(plain, kind) for kind in kinds)
+    return next((scene for scene in scenes if reads(plain, scene)), Scene.fit(plain))
+
+
+def setting_of(row: Objective, found: Estimand) -> Situation:
+    """Where the row's small batches come from: answers given to a row that imitates, else its own."""
+    plain, scene = policy_part(row), scene_of(row)
+    return scene.given() if found.target in (LIKELIHOOD, PROBABILITY) else scene.at(plain)
 
 
 def _rewarded(row: Objective, scene: Scene) -> Estimand:
@@ -140,7 +150,7 @@ def _best(scene: Scene, samples: int) -> Tensor:
 
 def _reweighted(row: Objective, base: Estimand) -> Estimand:
     """Rewards 0 and 1, without KL in the reward: is each prompt's gradient a multiple of its own target? Weights are those of four samples."""
-    bare = replace(row, credit=replace(row.credit, kl=0.0)) if getattr(row.credit, "kl", 0.0) else row  # type: ignore[type-var]
+    bare = without_kl(row)
     scene, small = Scene.fit(row, "binary"), Scene.small("binary")
     found, more = _both(bare, scene), _both(bare, small, 4)
     for target, aim in ((J, lambda scene: _paid(scene, 0.0, 1.0)), (PER_LENGTH, lambda scene: _per_length(scene, 2))):
@@ -244,9 +254,23 @@ def multiples(row: Objective) -> tuple[float, ...]:
     return tuple(found)
 
 
+def growth(row: Objective) -> tuple[float, ...]:
+    """The bias, as a share of the gradient, in batches of 1, 2 and 3 groups of two answers to one prompt."""
+    small, plain, found = Scene.small(), policy_part(row), []
+    for count in (1, 2, 3):
+        mdp = TokenMDP(
+            2, 3, *(x[1:].repeat(count, *[1] * (x.dim() - 1)) for x in (small.mdp.rewards, small.mdp.steps, small.mdp.reference))
+        )
+        scene = Scene(mdp, small.policy[1:].repeat(count, 1, 1), small.writer[1:].repeat(count, 1, 1))
+        mean = expect(plain, scene.at(plain)).mean.sum(0)
+        aim = _paid(scene, getattr(row.credit, "kl", 0.0), getattr(row.credit, "gamma", 1.0)).sum(0)
+        found.append(compare(mean, aim).residual)
+    return tuple(found)
+
+
 def scale_free(row: Objective) -> bool:
     """Whether twice the reward, without KL, gives the same gradient as the batch grows: the row divides by a standard deviation."""
-    bare = replace(policy_part(row), credit=replace(row.credit, kl=0.0)) if getattr(row.credit, "kl", 0.0) else policy_part(row)  # type: ignore[type-var]
+    bare = without_kl(policy_part(row))
     scene = Scene.small()
     double = replace(scene, mdp=replace(scene.mdp, rewards=2 * scene.mdp.rewards, steps=2 * scene.mdp.steps))
     one, two = (list(_both(bare, each).values())[-1] for each in (scene, double))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations_with_replacement, product
@@ -163,21 +163,21 @@ def batches(situation: Situation, *, ordered: bool) -> tuple[Tensor, Tensor]:
 def ascent(objective: Objective, situation: Situation, drawn: Tensor) -> Tensor:
     """-grad loss of each of these batches [B, S], by prompt: [B, G, X * V]. The row is applied to each batch by itself."""
     found = torch.zeros(len(drawn), situation.mdp.prompts, situation.policy[0].numel(), dtype=torch.float64)
+    by_logits, together = situation.slopes(objective.against), batched(objective, situation)
     for rows, layout, index in _alike(situation, drawn):
         total = situation.mdp.rewards[situation.prompt, drawn[rows]]
-        found[rows] = -_gradient(objective, situation, layout, total, index)
+        found[rows] = -_gradient(_by_outputs(objective, situation, layout, total, index, together), index, by_logits)
     return found
 
 
-def _gradient(objective: Objective, situation: Situation, layout: Layout, total: Tensor, index: Tensor) -> Tensor:
-    """Gradient of each batch's loss by the logits, [b, G, X * V], from the rewards of its sequences [b, S] and the places of its actions [b, A]."""
-    shape = (len(index), situation.mdp.prompts, situation.mdp.layout.actions)
-    found = torch.zeros(*shape[:2], situation.policy[0].numel(), dtype=torch.float64)
-    slopes = _by_outputs(objective, situation, layout, total, index)
-    for slope, by_logits in zip(slopes, situation.slopes(objective.against), strict=True):
+def _gradient(slopes: Sequence[Tensor | None], index: Tensor, by_logits: Tensor) -> Tensor:
+    """Gradient of each batch's loss by the logits, [b, G, X * V], from its slopes by the outputs of its actions, which stand at `index` [b, A]."""
+    _, prompts, actions, size = by_logits.shape
+    found = torch.zeros(len(index), prompts, size, dtype=torch.float64)
+    for slope, rates in zip(slopes, by_logits, strict=True):
         if slope is not None:
-            dense = torch.zeros(shape[0], shape[1] * shape[2], dtype=torch.float64).scatter_add(1, index, slope)
-            found += torch.einsum("bga,gax->bgx", dense.view(shape), by_logits)
+            dense = torch.zeros(len(index), prompts * actions, dtype=torch.float64).scatter_add(1, index, slope)
+            found += torch.einsum("bga,gax->bgx", dense.view(-1, prompts, actions), rates)
     return found
 
 
@@ -193,15 +193,17 @@ def _alike(situation: Situation, drawn: Tensor) -> Iterator[tuple[Tensor, Layout
             yield rows, layout, first[rows][:, layout.sequence] + layout.positions
 
 
-def _by_outputs(objective: Objective, situation: Situation, layout: Layout, total: Tensor, index: Tensor) -> list[Tensor | None]:
+def _by_outputs(
+    objective: Objective, situation: Situation, layout: Layout, total: Tensor, index: Tensor, together: bool
+) -> list[Tensor | None]:
     """Derivatives of each batch's loss by log-probabilities, entropies and exact KL, [b, A] each; None where the loss does not depend on them.
 
-    All batches at once where the row allows it, one after the other where it looks at numbers (as in `if reward.max() > 0`).
+    All batches `together` where the row allows it, one after the other where it looks at numbers (as in `if reward.max() > 0`).
     """
     given = {name: x[index] for name, x in situation.said.items()}
     free = [x.reshape(-1)[index].requires_grad_() for x in situation.free(objective.against)]
     loss = partial(_loss, objective, layout)
-    if batched(objective, situation):
+    if together:
         losses: Tensor = torch.vmap(loss)(free[0], free[1], free[2], total, given)
     else:
         each = [loss(free[0][b], free[1][b], free[2][b], total[b], {name: x[b] for name, x in given.items()}) for b in range(len(total))]
@@ -215,10 +217,10 @@ def _loss(
     objective: Objective, layout: Layout, logprobs: Tensor, entropy: Tensor, kl: Tensor, total: Tensor, given: Mapping[str, Tensor]
 ) -> Tensor:
     """The row's loss on one batch."""
-    said = {name: x for name, x in given.items() if name not in ("policy", "steps")}
-    signals = Signals(**said, final=total.new_zeros(layout.sequences))
+    said, final = {name: x for name, x in given.items() if name not in ("policy", "steps")}, total.new_zeros(layout.sequences)
+    signals = Signals(**said, final=final)
     experience = objective.prepare(Rewards.of(total, given["steps"]), signals, layout)
-    return objective.loss(Outputs.of(logprobs, entropy=entropy, kl=kl, values=given["values"]), experience)
+    return objective.loss(Outputs(logprobs, entropy, kl, given["values"], final), experience)
 
 
 def batched(objective: Objective, situation: Situation) -> bool:
@@ -285,8 +287,8 @@ def limit(objective: Objective, situation: Situation) -> Tensor:
     owner = torch.arange(mdp.prompts * size).repeat_interleave(situation.samples)
     layout = Layout.of(mdp.layout.lengths[drawn], owner)
     index = (mdp.layout.starts[drawn] + prompt * mdp.layout.actions)[layout.sequence] + layout.positions
-    found = _gradient(objective, situation, layout, mdp.rewards[prompt, drawn].unsqueeze(0), index.unsqueeze(0))
-    return -found[0].view_as(situation.policy)
+    slopes = _by_outputs(objective, situation, layout, mdp.rewards[prompt, drawn].unsqueeze(0), index.unsqueeze(0), False)
+    return -_gradient(slopes, index.unsqueeze(0), situation.slopes(objective.against))[0].view_as(situation.policy)
 
 
 def _denominator(chance: Tensor, largest: int = 1 << 20) -> int:

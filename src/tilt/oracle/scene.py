@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,11 @@ class Scene:
     @staticmethod
     def small(kind: Kind = "general", parts: int = 2) -> Scene:
         """Four answers of lengths 1, 2, 3, 3 (one token and a stop), probabilities 1/2: the limit of groups of four fits in one batch."""
-        table = {"general": ((0.4, 1.0, -0.7, 0.1), (-1.0, 0.0, 0.3, 2.0)), "binary": ((1, 0, 0, 0), (0, 0, 0, 1)), "dense": ((0,) * 4,) * 2}[kind]
+        table = {
+            "general": ((0.4, 1.0, -0.7, 0.1), (-1.0, 0.0, 0.3, 2.0)),
+            "binary": ((1, 0, 0, 0), (0, 0, 0, 1)),
+            "dense": ((0,) * 4,) * 2,
+        }[kind]
         steps = _steps if kind == "dense" else _no_steps
         mdp = TokenMDP.of(lambda g, answer: table[g][len(answer) - (answer[-1] == 1)], vocabulary=2, steps=steps)
         return Scene(replace(mdp, reference=mdp.tilted(0.9, seed=5)), mdp.in_parts(parts, seed=9), mdp.in_parts(parts, seed=0))
@@ -90,6 +94,17 @@ def _steps(prompt: int, answer: Answer) -> list[float]:
 def policy_part(row: Objective) -> Objective:
     """The row without its penalty and its bonus."""
     return replace(row, penalty=NoPenalty(), bonus=NoBonus(), control=NoControl())
+
+
+def without_kl(row: Objective) -> Objective:
+    """The row that pays nothing for KL in the reward."""
+    return replace(row, credit=_unpaid(row.credit))
+
+
+def _unpaid(credit: Any) -> Any:
+    """The credit with kl 0, also where another credit holds it."""
+    changes = {f.name: 0.0 if f.name == "kl" else _unpaid(credit.credit) for f in fields(credit) if f.name in ("kl", "credit")}
+    return replace(credit, **changes) if getattr(credit, "kl", 0.0) else credit
 
 
 def reads(row: Objective, scene: Scene) -> bool:
