@@ -25,7 +25,8 @@ from tilt.runs.journal import read_metrics
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {
-    name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("data", "configuration", "runs", "algorithms", "parity")
+    name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("data", "configuration", "runs", "algorithms", "parity", "audit")
 }
 
 
