@@ -34,6 +34,16 @@ def test_equal_enumeration() -> None:
             assert (torch.tensor(probability) * estimator(u)).sum().item() == pytest.approx(expected, abs=1e-6), "unbiased in value"
 
 
+def test_any_shape_before_the_vocabulary() -> None:
+    """One state, or a batch of sequences: the last axis is the vocabulary."""
+    p, q, actions = random(2, 3, 7), random(2, 3, 7, seed=1), torch.arange(6).view(2, 3)
+    for function in (lambda x, y, a: logprobs(x, a), lambda x, y, a: entropy(x), lambda x, y, a: kl(x, y)):
+        whole = function(p, q, actions)
+        assert whole.shape == (2, 3)
+        one = [function(p[i, j], q[i, j], actions[i, j]).item() for i in range(2) for j in range(3)]
+        assert whole.flatten().tolist() == pytest.approx(one, abs=1e-14)
+
+
 def test_estimators_have_the_gradients_of_the_specification() -> None:
     """Under the policy: k1 as a loss pulls nowhere, k2 along KL(policy || reference), k3 along KL(reference || policy)."""
     p, q = random(6).requires_grad_(), random(6, seed=1)

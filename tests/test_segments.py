@@ -89,6 +89,7 @@ def test_groups_equal_loops(members: list[tuple[int, bool]], seed: int) -> None:
         assert group_max(x, layout, scored)[g].item() == max(kept, default=float("-inf"))
         assert group_min(x, layout, scored)[g].item() == min(kept, default=float("inf"))
         assert group_flat(x, layout, scored)[g].item() == (len(set(kept)) <= 1)
+        assert group_std(x, layout, scored, 1)[g] == 0 or len(kept) > 1, "one entry, or none, has no spread"
         if len(kept) > 1:
             assert group_std(x, layout, scored, 1)[g].item() == pytest.approx(statistics.stdev(kept))
             assert group_std(x, layout, scored, 0)[g].item() == pytest.approx(statistics.pstdev(kept))
@@ -99,3 +100,10 @@ def test_layout_parts() -> None:
     assert layout.actions_of(torch.tensor([2, 0])).tolist() == [3, 4, 5, 0, 1]
     part = layout.take(torch.tensor([2, 0]))
     assert part.sequence.tolist() == [0, 0, 0, 1, 1] and part.prompt.tolist() == [1, 0]
+    assert layout.to("meta").sequence.is_meta and layout.to("meta").prompt.is_meta
+
+
+def test_no_sequences_no_trouble() -> None:
+    layout, none = Layout.of([]), torch.zeros(0)
+    assert layout.prompts == layout.actions == 0 and discounted_sums(none, layout, 0.5).shape == segment_sum(none, layout).shape == (0,)
+    assert group_mean(none, layout, none.bool()).shape == (0,)

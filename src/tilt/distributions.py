@@ -105,7 +105,7 @@ def score_actions(
     def score(part: Tensor, chosen: Tensor, other: Tensor, sets: Kept | None) -> Scores:
         logits = _within(sets, _tempered(head(part), temperature))
         found = logprobs(logits, chosen)
-        nan = torch.full_like(found, torch.nan).detach()
+        nan = torch.full_like(found, torch.nan)
         return Scores(
             found, _entropy(logits) if entropy else nan, nan if against is None else _kl_with(against, other, logits, sets, temperature)
         )

@@ -26,6 +26,17 @@ def test_one_answer() -> None:
     assert made.tokens.tolist() == [5, 6, 7, 8, END] and made.positions.tolist() == [0, 1, 2, 3, 4]
     assert made.predictors.tolist() == [1, 2, 3] and made.actions.tolist() == [7, 8, END]
     assert made.sampler.tolist() == [-8, -9, -1] and made.last_tokens.tolist() == [4]
+    numbers = (
+        made.tokens,
+        made.positions,
+        made.predictors,
+        made.actions,
+        made.own,
+        made.segments.start,
+        made.segments.parent,
+        made.layout.prompt,
+    )
+    assert all(x.dtype == torch.int64 for x in numbers)
 
 
 def test_answers_to_one_prompt_share_it() -> None:
@@ -127,6 +138,8 @@ def test_a_part_of_a_pack_is_the_pack_of_the_part(rollouts: list[Rollout], data:
     fresh = pack([rollouts[i] for i in part])
     assert contexts(taken) == contexts(fresh) == [expected(rollouts[i]) for i in part]
     assert len(taken.tokens) == len(fresh.tokens)
+    prompts = sorted(set(range(len(taken.segments.start))) - set(taken.own.tolist()))
+    assert (taken.segments.parent[prompts] == -1).all(), "a prompt has nothing above it"
     assert (taken.layout.prompt[:, None] == taken.layout.prompt).equal(fresh.layout.prompt[:, None] == fresh.layout.prompt)
 
 
@@ -140,12 +153,21 @@ def test_parts_hold_every_sequence_once_within_the_budget(rollouts: list[Rollout
 
 
 def test_the_budget_counts_each_prompt_once_a_part() -> None:
-    """Prompts of 3 tokens, answers of 2: two answers to one prompt cost 7, to two prompts 10; answers to one prompt stay together where they fit."""
-    made = pack([sampled((5, 5, i), i, (7, END)) for i in (0, 1, 0, 1, 2)])
-    assert [part.tolist() for part in made.split(7)] == [[0, 2], [1, 3], [4]]
-    assert [part.tolist() for part in made.split(9)] == [[0, 2], [1, 3], [4]], "9 tokens hold no answer to a second prompt"
-    assert [part.tolist() for part in made.split(12)] == [[0, 2, 1], [3, 4]]
-    assert [part.tolist() for part in made.split(14)] == [[0, 2, 1, 3], [4]]
-    assert [part.tolist() for part in made.split(4)] == [[0], [2], [1], [3], [4]], "longer than the budget, each is a part of its own"
-    assert [part.tolist() for part in made.split(12, torch.tensor([4, 3, 0]))] == [[0, 3], [4]]
+    """After one longer prompt, prompts of 3 tokens with answers of 2: two answers to one prompt cost 7, to two prompts 10; answers to one prompt stay together where they fit."""
+    made = pack([sampled((5,) * 6, 9, (7, END)), *(sampled((5, 5, i), i, (7, END)) for i in (0, 1, 0, 1, 2))])
+    rest = torch.arange(1, 6)
+    assert [part.tolist() for part in made.split(7, rest)] == [[1, 3], [2, 4], [5]]
+    assert [part.tolist() for part in made.split(9, rest)] == [[1, 3], [2, 4], [5]], "9 tokens hold no answer to a second prompt"
+    assert [part.tolist() for part in made.split(12, rest)] == [[1, 3, 2], [4, 5]]
+    assert [part.tolist() for part in made.split(14, rest)] == [[1, 3, 2, 4], [5]]
+    assert [part.tolist() for part in made.split(4, rest)] == [[1], [3], [2], [4], [5]], "longer than the budget, each is a part of its own"
+    assert [part.tolist() for part in made.split(12, torch.tensor([5, 4, 1]))] == [[1, 4], [5]]
+    assert [part.tolist() for part in made.split(15)] == [[0, 1, 3], [2, 4, 5]], "all sequences, where none are named"
     assert [part.tolist() for part in pack([sampled((), i, (1, 2, END), (False, True, True)) for i in range(3)]).split(6)] == [[0, 1], [2]]
+
+
+def test_a_pack_moves_whole() -> None:
+    moved = pack([sampled((5, 6), 0, (7, 8, END))]).to("meta")
+    own, segments, layout = (vars(x) for x in (moved, moved.segments, moved.layout))
+    for x in [*own.values(), *segments.values(), layout["sequence"], layout["prompt"], moved.kept.ids, moved.kept.offsets]:
+        assert not isinstance(x, torch.Tensor) or x.is_meta

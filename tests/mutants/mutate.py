@@ -99,7 +99,8 @@ def changes(tree: ast.Module) -> Iterator[tuple[str, ast.expr | ast.stmt, str, s
         if isinstance(node, (ast.If, ast.IfExp)) and (test := ast.unparse(node.test)) != "TYPE_CHECKING":
             yield where, node.test, "condition", f"not ({test})"
         for child in inside(node):
-            yield from walk(child, path, bound)
+            if not axis(node, child):
+                yield from walk(child, path, bound)
 
     yield from walk(tree, (), set())
 
@@ -118,6 +119,12 @@ def inside(node: ast.AST) -> Iterator[ast.AST]:
                     yield child
     if isinstance(node, ast.FunctionDef):
         yield from (default for default in [*node.args.defaults, *node.args.kw_defaults] if default is not None)
+
+
+def axis(call: ast.AST, child: ast.AST) -> bool:
+    """Whether a number names the only axis of a vector, which is 0 and -1: `x.cumsum(0)`, `x.index_add(0, …)`."""
+    named = isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in ("cumsum", "index_add", "index_copy", "scatter_reduce")  # fmt: skip
+    return named and isinstance(child, ast.Constant) and child.value == 0
 
 
 REMOVABLE = (ast.Expr, ast.AugAssign, ast.Continue)
@@ -160,7 +167,7 @@ MEAN = {
 }
 DROPPED = {
     "exp", "log", "abs", "square", "sqrt", "rsqrt", "clamp", "relu", "sigmoid", "neg", "to", "float", "exp_", "expm1", "roll", "masked_fill", "log_softmax",
-    "softmax", "index_copy", "cumsum", "logsumexp", "long", "sort", "cpu",
+    "softmax", "index_copy", "cumsum", "logsumexp", "long", "sort",
 }  # fmt: skip
 
 

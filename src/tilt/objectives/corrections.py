@@ -86,7 +86,7 @@ class SequenceMask(Correction):
 
     def __call__(self, outputs: Outputs, experience: Experience) -> PerAction:
         layout = experience.layout
-        gone = segment_mean(experience.signals.sampler - outputs.logprobs.detach(), layout) > self.delta
+        gone = segment_mean(experience.signals.sampler - outputs.logprobs, layout) > self.delta
         return (~(spread(gone, layout) & (experience.advantages < 0))).to(experience.weights)
 
 

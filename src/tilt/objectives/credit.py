@@ -327,7 +327,7 @@ def best(reward: PerSequence, layout: Layout, scored: SequenceMask) -> SequenceM
     """The first best scored answer of each prompt."""
     top = scored & (reward == group_max(reward, layout, scored)[layout.prompt])
     order = torch.arange(layout.sequences, device=reward.device, dtype=torch.float64)
-    return top & (order == -group_max(-order, layout, top)[layout.prompt])
+    return order == -group_max(-order, layout, top)[layout.prompt]
 
 
 def settled(rewards: Rewards, signals: Signals, layout: Layout) -> tuple[Rewards, Signals]:

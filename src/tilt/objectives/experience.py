@@ -117,7 +117,7 @@ class Outputs:
         final: Tensor | None = None,
         sequences: int = 0,
     ) -> Outputs:
-        nan = torch.full_like(logprobs, float("nan")).detach()
+        nan = torch.full_like(logprobs, float("nan"))
         end = nan.new_full((sequences,), float("nan")) if final is None else final
         return Outputs(logprobs, nan if entropy is None else entropy, nan if kl is None else kl, nan if values is None else values, end)
 

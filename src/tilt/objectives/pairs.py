@@ -46,7 +46,7 @@ class Answers:
         weights: PerAnswer | None = None,
     ) -> Answers:
         """The answers of a whole batch, each of weight 1/N unless said otherwise."""
-        nan = torch.full_like(scores, torch.nan).detach()
+        nan = torch.full_like(scores, torch.nan)
 
         def known(x: Tensor | None) -> Tensor:
             return nan if x is None else x.to(nan)
