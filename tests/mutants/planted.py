@@ -75,7 +75,7 @@ FAULTS = [
           "steps = rewards.steps.index_add(0, layout.last, rewards.total)", "steps = rewards.steps.index_add(0, (layout.last + 1).clamp(max=layout.actions - 1), rewards.total)",
           PIECES + "test_fixture_t_corrected_advantages"),
     Fault("credit", "the score clip takes the KL in", "slip: clipped after the KL was added", CREDIT,
-          "delta = shaped(clamped, signals, layout, self.kl) + self", "delta = shaped(rewards, signals, layout, self.kl).clamp(-self.clip_reward, self.clip_reward) + self",
+          "steps = shaped(clamped, signals, layout, self.kl)", "steps = shaped(rewards, signals, layout, self.kl).clamp(-self.clip_reward, self.clip_reward)",
           PIECES + "test_clip_reward_clamps_the_score_and_not_the_kl"),
     Fault("credit", "GAE bootstraps from the next sequence of the pack", "SkyRL, ROLL and slime read critic outputs outside the actions: off by 12 %", CREDIT,
           "signals.values.roll(-1).index_copy(0, layout.last, signals.final)", "signals.values.roll(-1)", PIECES + "test_gae_is_the_mixture_of_n_step_advantages"),
