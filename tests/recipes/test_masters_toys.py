@@ -26,7 +26,7 @@ SETTINGS = {
     "gspo": {"minibatches": 2},
     "luspo": {"minibatches": 2},
 }
-QUICK = ("grpo", "rloo", "ppo", "reinforce_pp", "gspo", "cispo")
+QUICK = ("grpo", "rloo", "ppo", "reinforce_pp", "gspo", "cispo", "trpo")
 """The representative rows of the quick tests; the others are slow."""
 ROWS = ["dapo within kept sets"] + [
     name for name, row in ALGORITHMS.items() if not isinstance(row.credit, ProcessRelative | Teacher) and row.credit != Imitate()
