@@ -41,17 +41,20 @@ def training(lines: list[dict]) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", [name for name, row in ALGORITHMS.items() if row.credit != Imitate()])
-def test_every_row_of_the_table_runs(run_rl, run_sft, metrics, name):
-    """Rows that imitate given answers are trained by sft; process rewards, of which there are none here, move nothing by themselves."""
+def test_every_row_of_the_table_runs(run_rl, run_sft, metrics, tmp_path, name):
+    """Rows that imitate given answers are trained by sft."""
     more = {"nlpo": {"mask": {}}, "ppo_kl": {"passes": 2}}.get(name, {})
     if name == "distill":
         student = run_sft(steps=1).checkpoint
         more = {"model": str(student), "reference": str(run_sft(model=str(student), steps=6, optimizer={"lr": 1e-2}).checkpoint)}
+    if name == "grpo_process":
+        (tmp_path / "steps.py").write_text("def variety(steps): return [float(len(set(step))) for step in steps]")
+        more = {"reward": {"process": {"path": str(tmp_path / "steps.py:variety"), "separator": "e"}}}
     result = run_rl(algorithm=name, **more)
     lines = metrics(result)
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(math.isfinite(value) for line in lines for value in line.values())
-    assert (lines[0]["grad_norm"] > 0) == (name != "grpo_process") and "eval/reward" in lines[0] and "eval/reward" in lines[2]
+    assert lines[0]["grad_norm"] > 0 and "eval/reward" in lines[0] and "eval/reward" in lines[2]
     if name != "ppo_kl":  # which needs two steps
         assert lines[0].get("val/ratio", 1.0) == 1.0 and lines[0].get("val/first_gap", 0.0) == 0.0
     assert lines[0]["sampler/logprob_gap_max"] < 1e-4

@@ -31,18 +31,20 @@ class Stepwise:
         return replace(self.rollout, sampled=tuple(i in self.ends for i in range(len(self.rollout.tokens))))
 
 
-def step_ends(tokens: Sequence[int], separator: str, decode: Decode) -> list[int]:
+def step_ends(tokens: Sequence[int], separator: str, decode: Decode, text: str | None = None) -> list[int]:
     """Index of the last token of each step: the one that completes the separator after it, and the answer's last token for the last step.
 
     "a=1" "⏎" "b=" "2" "E" with separator ⏎ → 1 4. Blank steps are none: their separators belong to the steps beside them, so "a⏎⏎b⏎E" has the ends of a and b.
-    An answer that is blank throughout is one step.
+    An answer that is blank throughout is one step. `text` is what other tokens of the same answer spell: it decides which steps are blank.
     """
 
     @cache
     def complete(count: int) -> int:
         return decode(tokens[:count]).count(separator)
 
-    *pieces, rest = decode(tokens).split(separator)
+    *pieces, rest = (decode(tokens) if text is None else text).split(separator)
+    if complete(len(tokens)) != len(pieces):
+        raise DataError(f"an answer of {len(pieces) + 1} steps has {complete(len(tokens)) + 1} in other tokens: {str(text)[:120]!r}")
     cuts = [bisect_left(range(len(tokens) + 1), number, key=complete) - 1 for number in range(1, len(pieces) + 1)]
     ends = [cut for cut, piece in zip(cuts, pieces, strict=True) if piece.strip()]
     return [*ends, len(tokens) - 1] if rest.strip() or not ends else [*ends[:-1], len(tokens) - 1]

@@ -15,6 +15,7 @@ from tilt.data.rollouts import Prompt, Rollout, Sampling
 from tilt.distributions import score_actions
 from tilt.models.policy import Policy
 from tilt.objectives import Rewards
+from tilt.rewards.score import earned_by
 from tilt.rewards.text import Text
 from tilt.sampling.sampler import Sampler
 
@@ -60,7 +61,7 @@ class Assessment:
     @property
     def metrics(self) -> dict[str, float]:
         """Mean reward with its standard error over prompts, each part's mean, what was only measured, sequence KL to the reference, length, truncation, distinct-2, and `more`."""
-        total = self.rewards.total[self.rewards.scored]
+        total = earned_by(self.rollouts, self.rewards)[self.rewards.scored]
         lengths = [sum(r.sampled) for r in self.rollouts]
         found = {
             "reward": float(total.mean()) if len(total) else float("nan"),
@@ -90,7 +91,7 @@ def assess(
 def standard_error(rollouts: Sequence[Rollout], rewards: Rewards) -> float:
     """Standard error of the mean reward, prompts taken as the independent units."""
     by_prompt: dict[int, list[float]] = {}
-    for rollout, total, scored in zip(rollouts, rewards.total.tolist(), rewards.scored.tolist(), strict=True):
+    for rollout, total, scored in zip(rollouts, earned_by(rollouts, rewards).tolist(), rewards.scored.tolist(), strict=True):
         if scored:
             by_prompt.setdefault(rollout.prompt.id, []).append(total)
     means = torch.tensor([sum(v) / len(v) for v in by_prompt.values()], dtype=torch.float64)

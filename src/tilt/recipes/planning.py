@@ -316,8 +316,8 @@ def _asked(prompt: Prompt, tokenizer: Any) -> str:
 def _rehearsed(config: Any, found: Opened, prompts: Sequence[Prompt], penalty: float = 0.0, clip: float | None = None) -> str:
     """The reward is asked once, about short answers of the model as it is, so that its mistakes show here."""
     judged = scoring(config.reward, found.tokenizer, found.device, missing_stop_penalty=penalty, clip=clip)
-    rewards = rehearse(judged, Sampler(found.lm, found.tokenizer, sampling_of(config.sampling, found.render), seed=config.seed), prompts)
-    values = [number(total) if seen else "no score" for total, seen in zip(rewards.total.tolist(), rewards.scored.tolist(), strict=True)]
+    earned = rehearse(judged, Sampler(found.lm, found.tokenizer, sampling_of(config.sampling, found.render), seed=config.seed), prompts)
+    values = ["no score" if total is None else number(total) for total in earned]
     judged.close()
     return f"reward     {len(values)} short answers of the model as it is get {', '.join(values)}"
 
@@ -342,7 +342,7 @@ def _held(config: rl_settings.Config, objective: Objective, found: Opened, polic
         held["reward model (of the policy's size, from the stage before)"] = body
     else:
         judged = scoring(config.reward, found.tokenizer, found.device)
-        held |= {f"reward model {i}": _parameters(model)[0] for i, (model, _) in enumerate(judged.models)}
+        held |= {role: _parameters(model)[0] for role, model in judged.modules.items()}
     return held, body if objective.value.needs and not shared else 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ from tilt.recipes.rehearsal import rehearse
 from tilt.recipes.scoring import scoring
 from tilt.recipes.settings import Data, Reward, Run, Sampling
 from tilt.recipes.trying import sampling_of
+from tilt.rewards.score import earned_by
 from tilt.rewards.text import Text
 from tilt.runs.files import atomic_write
 from tilt.sampling.sampler import Sampler
@@ -77,7 +78,9 @@ def run(config: Config) -> Result:
             [f"run        {directory.path}", opening.headline(name, policy, device, config), *rows.notes, f"           {render.summary()}"]
         )
         for step, part in enumerate(parts):
-            texts, rewards = judged.judge(sampler.sample(part, config.samples, step=step, stream="rank"))
+            rollouts = sampler.sample(part, config.samples, step=step, stream="rank")
+            texts, rewards = judged.judge(rollouts)
+            rewards = replace(rewards, total=earned_by(rollouts, rewards))
             found = [
                 pair for i, prompt in enumerate(part) for pair in ranked(config, prompt, i, texts, rewards, f"{config.model}@{mark[:12]}")
             ]

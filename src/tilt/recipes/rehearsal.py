@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tilt.data.rollouts import Prompt
-from tilt.objectives import Rewards
 from tilt.recipes.scoring import Scoring
+from tilt.rewards.score import earned_by
 from tilt.sampling.sampler import Sampler
 
 TOKENS = 4
 
 
-def rehearse(judged: Scoring, sampler: Sampler, prompts: Sequence[Prompt]) -> Rewards:
-    """Two answers of a few tokens to each of the first two prompts, scored; on randomness of its own, so that no later answer changes."""
+def rehearse(judged: Scoring, sampler: Sampler, prompts: Sequence[Prompt]) -> list[float | None]:
+    """What two answers of a few tokens to each of the first two prompts earn; on randomness of its own, so that no later answer changes."""
     short = replace(sampler.sampling, max_tokens=min(TOKENS, sampler.sampling.max_tokens))
-    return judged(sampler.evaluate(list(prompts)[:2], 2, step=0, sampling=short, stream="rehearsal"))
+    rollouts = sampler.evaluate(list(prompts)[:2], 2, step=0, sampling=short, stream="rehearsal")
+    rewards = judged(rollouts)
+    return [total if seen else None for total, seen in zip(earned_by(rollouts, rewards).tolist(), rewards.scored.tolist(), strict=True)]

@@ -174,8 +174,8 @@ def groups(rewards: Rewards, layout: Any) -> dict[str, Tensor]:
     """Mean and standard deviation (divisor n) of the scored rewards of each sequence's group; NaN where none is scored."""
     any_scored = group_count(layout, rewards.scored) > 0
     found = {
-        "group_mean": group_mean(rewards.total, layout, rewards.scored),
-        "group_std": group_std(rewards.total, layout, rewards.scored, 0),
+        "group_mean": group_mean(earned(rewards, layout), layout, rewards.scored),
+        "group_std": group_std(earned(rewards, layout), layout, rewards.scored, 0),
     }
     return {name: torch.where(any_scored, value, torch.nan)[layout.prompt] for name, value in found.items()}
 

@@ -241,8 +241,7 @@ def _open(config: Config, ending: ExitStack) -> Opened:
     for scorer in (judged, also):
         if scorer is not None:
             rehearse(scorer, sampler, prompts)
-    modules |= {f"reward model {i}": m for i, (m, _) in enumerate(judged.models)}
-    modules |= {f"measuring model {i}": m for i, (m, _) in enumerate(also.models if also else ())}
+    modules |= judged.modules | {f"measuring {role}": module for role, module in (also.modules if also else {}).items()}
     write = partial(write_policy, policy, tokenizer, learner.critic, learner.ema)
     lines = [
         opening.headline(model, policy, device, config), *rows.notes, f"           {render.summary()}", *texts.notes,
@@ -275,7 +274,7 @@ def _learner(
 
 def _described(config: Config, name: str, parts: Parts) -> str:
     """What is optimised, for the run's record: the row, the file it came from, and its card with this run's numbers."""
-    objective, judges = parts.objective, len(parts.scoring.models)
+    objective, judges = parts.objective, len(parts.scoring.modules)
     numbers = card(undressed(objective), name=name, samples=config.samples, passes=config.passes, reward_models=judges, **config.narrowing)
     parity = ["", *described(name, config.quirks)] if name in PRESETS else []
     return "\n".join([*origin(config.algorithm).lines(objective), "", numbers, *parity]) + "\n"

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tilt.objectives import Imitate, Objective, PartsRelative, Teacher, TrustRegion
+from tilt.objectives import Imitate, Objective, PartsRelative, ProcessRelative, Teacher, TrustRegion
 from tilt.recipes.settings import Count, Evaluation, Guards, Keep, Mask, ReferenceUpdate, Reward, Sampling, Texts, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.variants import optimised, preset_settings
-from tilt.rewards.spec import parse
+from tilt.rewards.spec import Process, parse
 
 
 class Config(Training):
@@ -112,7 +112,7 @@ class Config(Training):
             problems.append("keep.mixed drops groups whose answers all earned the same, as a single answer does: set samples to 2 or more")
         if self.keep.mixed and isinstance(row.credit, Teacher):
             problems.append(f"keep.mixed looks at rewards, which algorithm {name} does not read: leave it out")
-        problems += self._scales(row)
+        problems += self._scales(row) + self._steps(name, row)
         if self.reference_update.every and isinstance(row.credit, Teacher):
             problems.append("reference_update would move the teacher towards the policy that learns from it: leave it out")
         elif self.reference_update.every and "reference" not in row.needs and self.max_kl is None:
@@ -156,6 +156,23 @@ class Config(Training):
                 f"stop_rise looks at the training reward, whose part {normalised[0]} is normalised: its mean stays near 0; leave out one of them"
             )
         return problems
+
+    def _steps(self, name: str, row: Objective) -> list[str]:
+        """What a credit that reads the rewards of steps alone would ignore, or miss."""
+        if not isinstance(row.credit, ProcessRelative) or self.reward is None:
+            return []
+        others = [spec.name for spec in parse(self.reward) if not isinstance(spec.source, Process)]
+        if len(others) == len(parse(self.reward)):
+            return [
+                f"algorithm {name} reads rewards of steps, and reward gives none: name a judge of steps, reward: {{process: MODEL}} or {{process: file.py:function}}"
+            ]
+        unread = [*(f"reward {other}" for other in others)]
+        unread += [key for key, value in (("missing_stop_penalty", self.missing_stop_penalty), ("reward_clip", self.reward_clip)) if value]
+        return (
+            [f"{', '.join(unread)}: without effect, algorithm {name} reads the rewards of steps alone; leave it out, or move it to measure"]
+            if unread
+            else []
+        )
 
     def _beside_old(self, row: Objective) -> list[str]:
         """What does not go with a trust region or a penalty to the old policy."""

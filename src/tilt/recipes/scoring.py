@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from tilt.data.rendering import renderer
 from tilt.data.rollouts import Rollout
-from tilt.models.loading import load_reward_model
+from tilt.data.steps import SEPARATOR, check_separator, decoder
+from tilt.errors import UsageError
+from tilt.models.loading import load_process_model, load_reward_model
 from tilt.models.policy import RewardModel
 from tilt.objectives import Rewards
 from tilt.rewards.model import ModelReward, Rerendered, own_tokens, same_tokenizer
+from tilt.rewards.process import ProcessReward, StepFunction, StepModel
 from tilt.rewards.score import Scorer, build
-from tilt.rewards.spec import Model, RewardSpec
+from tilt.rewards.spec import Model, Process, RewardSpec, function_of, is_function
 from tilt.rewards.text import Text, read
 
 Read = Callable[[Sequence[Rollout]], list[Text]]
@@ -24,11 +28,17 @@ Read = Callable[[Sequence[Rollout]], list[Text]]
 
 @dataclass(frozen=True)
 class Scoring:
-    """A scorer, how rollouts are read, and the reward models in it with whether each reads the policy's own tokens."""
+    """A scorer, how rollouts are read, the reward models in it with whether each reads the policy's own tokens, and other models that judge, by name."""
 
     score: Scorer
     read: Read
     models: tuple[tuple[RewardModel, bool], ...]
+    others: tuple[tuple[str, nn.Module], ...] = ()
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every model that judges, by role; none of them may change."""
+        return {f"reward model {i}": model for i, (model, _) in enumerate(self.models)} | dict(self.others)
 
     @property
     def critic_source(self) -> RewardModel | None:
@@ -60,8 +70,13 @@ def reader(tokenizer: Any) -> Read:
 def scoring(reward: Any, tokenizer: Any, device: torch.device, *, missing_stop_penalty: float = 0.0, clip: float | None = None) -> Scoring:
     """The scorer that `reward:` asks for: names, rules, Python functions, reward models, or a list of them."""
     found: list[tuple[RewardModel, bool]] = []
+    others: list[tuple[str, nn.Module]] = []
 
-    def load(spec: RewardSpec) -> ModelReward:
+    def load(spec: RewardSpec) -> ModelReward | ProcessReward:
+        if isinstance(spec.source, Process):
+            reward, modules = steps_reward(spec, spec.source, tokenizer, device)
+            others.extend(modules)
+            return reward
         assert isinstance(spec.source, Model)
         model, words = load_reward_model(spec.source.path, device=device)
         shared = same_tokenizer(words, tokenizer)
@@ -71,4 +86,30 @@ def scoring(reward: Any, tokenizer: Any, device: torch.device, *, missing_stop_p
 
     bounds = (-math.inf, math.inf) if clip is None else (-clip, clip)
     score = build(reward, load_model=load, missing_eos_penalty=missing_stop_penalty, clip=bounds)
-    return Scoring(score, reader(tokenizer), tuple(found))
+    return Scoring(score, reader(tokenizer), tuple(found), tuple(others))
+
+
+def steps_reward(
+    spec: RewardSpec, source: Process, tokenizer: Any, device: torch.device
+) -> tuple[ProcessReward, list[tuple[str, nn.Module]]]:
+    """The part of the reward that judges steps, and the model that it holds."""
+    if is_function(source.path):
+        separator = source.separator or SEPARATOR
+        check_separator(separator, tokenizer)
+        return ProcessReward(separator, decoder(tokenizer), StepFunction(function_of(spec), separator)), []
+    model, words, trained = load_process_model(source.path, device=device)
+    if not trained and not source.separator:
+        raise UsageError(
+            f"the reward `{spec.name}`: {source.path} does not say what stands between the steps that it was trained on\n"
+            "  train it with `tilt prm`, or name it: {process: {path: …, separator: …}}"
+        )
+    if source.separator and trained not in ("", source.separator):
+        raise UsageError(
+            f"the reward `{spec.name}`: {source.path} was trained on steps separated by {trained!r}, not by {source.separator!r}; leave separator out"
+        )
+    separator = source.separator or trained
+    check_separator(separator, tokenizer)
+    check_separator(separator, words)
+    how = own_tokens if same_tokenizer(words, tokenizer) else Rerendered(renderer(words, "auto"))
+    judge = StepModel(spec.name, model, separator, decoder(words), how, source.budget)
+    return ProcessReward(separator, decoder(tokenizer), judge), [(f"process reward model {spec.name}", model)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from tilt.data.rollouts import Prompt, Rollout
 from tilt.errors import DataError
-from tilt.rewards.score import Scorer
+from tilt.rewards.score import Scorer, earned_by
 from tilt.rewards.text import Text, inert
 
 
@@ -56,7 +56,9 @@ def check(scorer: Scorer, rows: Sequence[Mapping[str, Any]], encode: Callable[[s
     rewards = scorer(rollouts, texts)
     labels = [bool(row[good]) if row.get(good) is not None else None for row in rows]
     columns = {name: values.tolist() for name, values in rewards.parts.items()}
-    total = [value if seen else float("nan") for value, seen in zip(rewards.total.tolist(), rewards.scored.tolist(), strict=True)]
+    total = [
+        value if seen else float("nan") for value, seen in zip(earned_by(rollouts, rewards).tolist(), rewards.scored.tolist(), strict=True)
+    ]
     verdicts = [_verdict(name, values, labels) for name, values in columns.items()]
     if len(columns) > 1:
         verdicts.append(_verdict("total", total, labels))

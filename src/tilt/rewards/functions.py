@@ -33,11 +33,16 @@ class Overtime(Exception):
 
 @dataclass(frozen=True)
 class Scored:
-    """What a function said of a batch: a score or None per completion, how many samples failed, and the first failure in words."""
+    """What a function said of a batch: a score or None per completion, how many samples failed, and the first failure in words.
+
+    `steps`, where steps are judged: for each completion the actions at which its steps end and what each step earns. They are the reward then, and `values`
+    only tell of them.
+    """
 
     values: Scores
     failures: int = 0
     message: str = ""
+    steps: Sequence[Sequence[tuple[int, float]]] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,11 +16,15 @@ from torch import Tensor
 
 from tilt.data.rollouts import Rollout
 from tilt.errors import DataError, UsageError
+from tilt.objectives.credit import earned
 from tilt.objectives.experience import Rewards
 from tilt.rewards.functions import RewardFunction, Scored
-from tilt.rewards.spec import LoadModel, Model, RewardSpec, function_of, parse
+from tilt.rewards.spec import LoadModel, Model, Process, RewardSpec, function_of, parse
 from tilt.rewards.text import Text
+from tilt.segments import Layout
 
+Steps = Sequence[Sequence[tuple[int, float]]]
+EMPTY: Mapping[str, Steps] = MappingProxyType({})
 MISSING_STOP = "missing_stop"
 RESERVED = ("prompts", "completions", "lengths", "stops")
 
@@ -119,7 +124,7 @@ class Scorer:
 
     def __call__(self, rollouts: Sequence[Rollout], texts: Sequence[Text], *, training: bool = False) -> Rewards:
         assert len(rollouts) == len(texts), "one text per rollout"
-        seconds, failures, messages, scores = {}, {}, {}, {}
+        seconds, failures, messages, scores, dense = {}, {}, {}, {}, {}
         for part in self.parts:
             begin = time.perf_counter()
             said = part.call(rollouts, texts)
@@ -127,30 +132,49 @@ class Scorer:
             if said.message:
                 messages[part.name] = said.message
             scores[part.name] = torch.tensor([math.nan if v is None else v for v in said.values], dtype=torch.float32)
+            if said.steps is not None:
+                dense[part.name] = said.steps
             if training and part.running is not None:
                 part.running.see(scores[part.name])
         kept = {part.name: (part.running.mean, part.running.deviation) for part in self.parts if training and part.running is not None}
         self.report = Report(seconds, failures, messages, kept)
-        return self.combine(scores, rollouts, training)
+        return self.combine(scores, rollouts, training, dense)
 
-    def combine(self, scores: Mapping[str, Tensor], rollouts: Sequence[Rollout], training: bool = False) -> Rewards:
-        """The weighted sum of the parts, clipped, less the penalty: weights 1 and 2, scores 0.5 and NaN → 0.5."""
+    def combine(
+        self, scores: Mapping[str, Tensor], rollouts: Sequence[Rollout], training: bool = False, dense: Mapping[str, Steps] = EMPTY
+    ) -> Rewards:
+        """The weighted sum of the parts, clipped, less the penalty: weights 1 and 2, scores 0.5 and NaN → 0.5.
+
+        A part that judged steps (`dense`) weighs 0 in it: its rewards, times its weight, stand at the actions where the steps end.
+        """
         table = torch.stack(
             [part.running(scores[part.name]) if training and part.running is not None else scores[part.name] for part in self.parts]
         )
         seen = ~table.isnan()
-        weights = torch.tensor([part.weight for part in self.parts])[:, None]
+        given = {part.name: 0.0 if part.name in dense else part.weight for part in self.parts}
+        weights = torch.tensor(list(given.values()))[:, None]
         scored = seen.any(0)
         unended = torch.tensor([rollout.stop != "stop" for rollout in rollouts], dtype=torch.bool)
         total = torch.where(seen, weights * table, 0).sum(0).clamp(*self.clip) - self.missing_eos_penalty * unended
         if not total.isfinite().all():
             raise DataError("the weighted sum of the rewards overflows: lower the weights, or clip the reward.")
-        parts, given = dict(scores), {part.name: part.weight for part in self.parts}
+        parts = dict(scores)
         if self.missing_eos_penalty:
             parts[MISSING_STOP], given[MISSING_STOP] = 0.0 - unended.float(), self.missing_eos_penalty
-        return Rewards.of(
-            torch.where(scored, total, 0), parts=parts, scored=scored, weights=given, actions=sum(sum(r.sampled) for r in rollouts)
-        )
+        steps, ends = self._along(dense, rollouts)
+        return Rewards.of(torch.where(scored, total, 0), steps, parts=parts, scored=scored, weights=given, ends=ends)
+
+    def _along(self, dense: Mapping[str, Steps], rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
+        """Rewards per action [A], and where steps end: 2 and 3 actions, steps (1, .5) and (0, .2) (2, .3) → 0 .5 .2 0 .3."""
+        lengths = torch.tensor([sum(r.sampled) for r in rollouts])
+        starts = (lengths.cumsum(0) - lengths).tolist()
+        steps, ends = torch.zeros(int(lengths.sum())), torch.zeros(int(lengths.sum()), dtype=torch.bool)
+        for part in self.parts:
+            for start, given in zip(starts, dense.get(part.name, ()), strict=False):
+                for action, value in given:
+                    steps[start + action] += part.weight * value
+                    ends[start + action] = True
+        return steps, ends
 
     def close(self) -> None:
         """End the workers of isolated functions."""
@@ -172,6 +196,12 @@ class Called:
         stop = getattr(self.function.call, "stop", None)
         if callable(stop):
             stop()
+
+
+def earned_by(rollouts: Sequence[Rollout], rewards: Rewards) -> Tensor:
+    """What each answer earned in all, [S]: as a whole and at its steps."""
+    lengths = [sum(rollout.sampled) for rollout in rollouts]
+    return earned(rewards, Layout.of(lengths)) if rewards.steps.numel() else rewards.total
 
 
 def columns_of(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
@@ -201,7 +231,7 @@ def build(
     """The scorer that a configuration's `reward:` asks for; files are relative to `base`, reward models come from `load_model`."""
     parts = [
         Part(
-            spec.name, spec.weight, load_model(spec) if isinstance(spec.source, Model) else Called(function_of(spec, base)),
+            spec.name, spec.weight, load_model(spec) if isinstance(spec.source, Model | Process) else Called(function_of(spec, base)),
             Running() if spec.normalise else None,
         )
         for spec in parse(reward)

@@ -41,8 +41,18 @@ class Model:
     budget: int = 16384
 
 
-Source = Rule | Function | Given | Model
-KINDS: Mapping[str, type] = {**RULES, "function": Function, "model": Model}
+@dataclass(frozen=True)
+class Process:
+    """A judge of steps: a process reward model's folder or hub name, or a function `file.py:func`. `separator` stands between steps; without it the model's own, for
+    a function a line break."""
+
+    path: str
+    separator: str = ""
+    budget: int = 16384
+
+
+Source = Rule | Function | Given | Model | Process
+KINDS: Mapping[str, type] = {**RULES, "function": Function, "model": Model, "process": Process}
 COMMON: Mapping[str, str] = {
     "weight": "a finite number",
     "name": "text",
@@ -116,7 +126,10 @@ def _entry(value: Any, where: str) -> RewardSpec:
     if both := inner.keys() & outer.keys():
         raise UsageError(f"`{where}` says {', '.join(sorted(both))} twice: keep one")
     source = build_piece({kind: {k: v for k, v in settings.items() if k not in inner}}, KINDS, where=where)
-    return RewardSpec(source=source, **_common({**inner, **outer}, _name(source), where))
+    spec = RewardSpec(source=source, **_common({**inner, **outer}, _name(source), where))
+    if isinstance(source, Process) and spec.normalise:
+        raise UsageError(f"`{where}.normalise` is about scores of whole answers, and process judges steps: leave it out")
+    return spec
 
 
 def _common(given: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
@@ -144,7 +157,9 @@ def _name(source: Source) -> str:
         return source.file.rpartition(":")[2]
     if isinstance(source, Given):
         return getattr(source.call, "__name__", type(source.call).__name__)
-    return "model" if isinstance(source, Model) else source.name
+    if isinstance(source, Model | Process):
+        return "model" if isinstance(source, Model) else "process"
+    return source.name
 
 
 def check_files(specs: Sequence[RewardSpec], base: Path = Path()) -> None:
@@ -152,11 +167,20 @@ def check_files(specs: Sequence[RewardSpec], base: Path = Path()) -> None:
     for spec in specs:
         if isinstance(spec.source, Function):
             locate(spec.source.file, base)
+        if isinstance(spec.source, Process) and is_function(spec.source.path):
+            locate(spec.source.path, base)
+
+
+def is_function(path: str) -> bool:
+    """Whether this names a function in a Python file: `rules.py:right`."""
+    return path.rpartition(":")[0].endswith(".py")
 
 
 def function_of(spec: RewardSpec, base: Path = Path()) -> RewardFunction:
-    """A rule or a function, ready to be called; the file of an isolated one is run in its worker only."""
+    """A rule or a function, ready to be called, also one that judges steps; the file of an isolated one is run in its worker only."""
     source = spec.source
+    if isinstance(source, Process):
+        source = Function(source.path)
     assert not isinstance(source, Model), "a reward model is loaded by the recipe"
     if isinstance(source, Given):
         return RewardFunction(spec.name, source.call, spec.timeout, spec.on_error)

@@ -16,6 +16,7 @@ from tilt.data.rollouts import Rollout
 from tilt.errors import DataError
 from tilt.kept import Kept
 from tilt.objectives.experience import Rewards
+from tilt.rewards.score import earned_by
 from tilt.runs.files import atomic_write
 from tilt.runs.offsets import Spelling, text_offsets
 
@@ -77,7 +78,7 @@ def _outcome(rows: RolloutTable) -> dict[str, pa.Array]:
     rewards, lengths = rows.rewards, [len(r.tokens) for r in rows.rollouts]
     scored = rewards.scored.tolist()
     columns = {
-        "reward": pa.array([float(v) if ok else None for v, ok in zip(rewards.total.tolist(), scored, strict=True)], pa.float32()),
+        "reward": pa.array([float(v) if ok else None for v, ok in zip(earned_by(rows.rollouts, rewards).tolist(), scored, strict=True)], pa.float32()),
         "length": pa.array(lengths, pa.int32()),
         "truncated": pa.array([r.stop == "length" for r in rows.rollouts], pa.bool_()),
     }
