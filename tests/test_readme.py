@@ -15,10 +15,11 @@ import torch
 import yaml
 
 from tilt.cli.main import _known, main
-from tilt.config import read_file
+from tilt.config import read_file, read_value
 from tilt.data.public import SETS
 from tilt.data.shapes import SHAPES
 from tilt.objectives import ALGORITHMS, PREFERENCES
+from tilt.recipes import rl
 from tilt.rewards import parse
 from tilt.runs.journal import read_metrics
 
@@ -191,3 +192,21 @@ def test_a_curve_is_drawn_from_what_a_run_recorded(tmp_path: Path) -> None:
     assert len(places) == 3 and [x for x, _ in places] == sorted(x for x, _ in places) and places[0][1] > places[1][1] > places[2][1]
     with pytest.raises(SystemExit, match="no run has recorded reward"):
         draw.main([str(file), "reward", str(tmp_path / "d.svg")])
+
+
+def test_the_modifiers_of_the_page_are_settings_that_change_a_run() -> None:
+    """Every row of the table of modifiers can be set as it stands, and differs from what a run does without it."""
+    page = DOCS["algorithms"]
+    table = [
+        line.split(" | ") for line in page[page.index("## Modifiers") : page.index("## Pieces")].splitlines() if line.startswith("| ")
+    ][1:]
+    plain = {"model": "m", "data": "d", "reward": "exact"}
+    for name, shown, _ in (row[:3] for row in table):
+        given = {}
+        for text in re.findall(r"`(\w+: [^`]*)`", shown):
+            given |= read_value(text)
+        algorithm = "ppo" if "gae" in shown else "grpo"
+        assert given, name
+        changed, before = (rl.Config.model_validate(plain | {"algorithm": algorithm} | more) for more in (given, {}))
+        assert changed != before or "guards" in given, name
+    assert len(table) == 13

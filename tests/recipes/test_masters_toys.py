@@ -22,13 +22,16 @@ SETTINGS = {
     "a2c": {"critic_lr": 1e-2},
     "nlpo": {"critic_lr": 1e-2, "mask": {"refresh": 10}},
     "dapo within kept sets": {"algorithm": "dapo", "sampling": {"max_tokens": 1, "top_p": 0.9, "min_p": 0.05, "keep_sets": True}},
+    "dapo of mixed groups": {"algorithm": "dapo", "keep": {"mixed": True}},
+    "grpo, reference reset": {"algorithm": "grpo", "reference_update": {"every": 10, "share": 1.0}},
+    "grpo on parts": {"algorithm": "grpo", "objective": {"credit": "parts_relative"}, "reward": [Echo().reward, {"length": {"high": 1}}]},
     "reinforce_baseline": {"critic_lr": 1e-2},
     "gspo": {"minibatches": 2},
     "luspo": {"minibatches": 2},
 }
 QUICK = ("grpo", "rloo", "ppo", "reinforce_pp", "gspo", "cispo", "trpo")
 """The representative rows of the quick tests; the others are slow."""
-ROWS = ["dapo within kept sets"] + [
+ROWS = [name for name in SETTINGS if name not in ALGORITHMS] + [
     name for name, row in ALGORITHMS.items() if not isinstance(row.credit, ProcessRelative | Teacher) and row.credit != Imitate()
 ]
 
