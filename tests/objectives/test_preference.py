@@ -486,6 +486,37 @@ def test_the_weight_of_wpo_has_no_gradient() -> None:
     assert torch.autograd.grad(loss, confidence, allow_unused=True) == (None,)
 
 
+def test_statistics_take_the_dtype_of_the_scores_and_carry_no_graph() -> None:
+    """Lengths may be whole numbers, margins and probabilities float32; only the scores and head sums given with a graph have one, and none after `detach`."""
+    scores = double(-1, -2).requires_grad_()
+    answers = Answers.of(scores, lengths=torch.tensor([3, 4]), reference=torch.tensor([-1.0, -2.0]))
+    pairs = Pairs.of(
+        answers,
+        answers,
+        margins=torch.tensor([1, 2]),
+        probability=torch.tensor([0.5, 1.0]),
+        span=Span(scores, 2 * scores, torch.tensor([0, 1])),
+    )
+    given = {name: value for side in (pairs.chosen, pairs.mismatched) for name, value in vars(side).items()}
+    assert all(x.dtype == torch.float64 for x in (*given.values(), pairs.margins, pairs.probability))
+    assert pairs.margins.tolist() == [1, 2] and pairs.paired and not Pairs.labelled(answers, answers).paired
+    made = (pairs, Pairs.of(scores, scores), Pairs.labelled(answers, answers))
+    assert not any(
+        x.requires_grad for p in made for x in (p.margins, p.probability, p.weights, p.rejected.weights, p.chosen.lengths, p.chosen.heads)
+    )
+    quiet = pairs.detach()
+    found = [*vars(quiet.chosen).values(), *vars(quiet.rejected).values(), quiet.span.chosen, quiet.span.rejected]
+    assert scores.requires_grad and not any(x.requires_grad for x in found) and quiet.span.rejected.tolist() == [-2, -4]
+
+
+def test_a_pull_is_the_sum_of_slopes_times_statistics() -> None:
+    pairs, row = case(3).pairs(), PREFERENCES["kto"]
+    slopes = row.slopes(pairs.detach())
+    assert slopes.chosen.heads.tolist() == [0] * 6, "kto reads no head sums"
+    total = (slopes.chosen.scores * pairs.chosen.scores + slopes.rejected.scores * pairs.rejected.scores).sum()
+    torch.testing.assert_close(pull(pairs, slopes), total, rtol=0, atol=1e-12)
+
+
 # ------------------------------------------------------------------------------------------------ where rows go
 
 
@@ -730,6 +761,17 @@ def test_limits_of_pieces(kind: Any, field: str, inside: list[float], outside: l
     for value in outside:
         with pytest.raises(UsageError, match=field):
             kind(**{field: value})
+
+
+def test_defaults_are_those_of_the_papers() -> None:
+    kinds = (ScoreMargin, ImplicitReward, ForwardKL, JensenShannon, AlphaDivergence, Likelihood, Logistic, Robust, Squared, Hinge, Fidelity, ReverseKL,
+             DiscoPop, WinRate, Prospect, Centring, ChosenNLL, Constant, Confidence, RunningMean)  # fmt: skip
+    assert " ".join(repr(kind()).replace(", ", ",") for kind in kinds) == (
+        "ScoreMargin(offset=0.0) ImplicitReward(beta=0.1,offset=0.0,mean=False,tail=1.0) ForwardKL(beta=0.1,offset=0.0) JensenShannon(beta=0.1,offset=0.0) "
+        "AlphaDivergence(beta=0.1,alpha=0.5,offset=0.0) Likelihood(beta=0.1,offset=0.0,mean=False) Logistic(smoothing=0.0) Robust(smoothing=0.1) Squared(beta=0.1) "
+        "Hinge(distance=1.0) Fidelity(target=1.0) ReverseKL(smoothing=0.1) DiscoPop(temperature=0.05) WinRate(beta=0.1) Prospect(desirable=1.0,undesirable=1.0) "
+        "Centring(coefficient=0.01) ChosenNLL(coefficient=1.0,mean=False) Constant(factor=0.1) Confidence(cap=inf) RunningMean(mean=0.0,count=0)"
+    )
 
 
 def test_check_says_which_data_serve() -> None:

@@ -104,7 +104,7 @@ class Pairs:
     probability: PerPair
     mismatched: Answers
     span: Span
-    paired: bool = True
+    paired: bool
 
     @staticmethod
     def of(
@@ -120,7 +120,7 @@ class Pairs:
         """Pairs, certain and without margins unless said otherwise; a tensor stands for the scores of answers of which nothing else is known."""
         better = chosen if isinstance(chosen, Answers) else Answers.of(chosen)
         worse = rejected if isinstance(rejected, Answers) else Answers.of(rejected)
-        scores = better.scores.detach()
+        scores = better.scores
         none = scores.new_zeros(0)
         return Pairs(
             better,
@@ -137,7 +137,7 @@ class Pairs:
         """Answers labelled one by one, of the whole batch: each weighs 1/(N + M)."""
         sides = [x if isinstance(x, Answers) else Answers.of(x) for x in (good, bad)]
         total = max(1, sum(len(x.scores) for x in sides))
-        good, bad = (replace(x, weights=torch.full_like(x.scores, 1 / total).detach()) for x in sides)
+        good, bad = (replace(x, weights=torch.full_like(x.scores, 1 / total)) for x in sides)
         return Pairs.of(good, bad, mismatched=mismatched, paired=False)
 
     @property
