@@ -39,6 +39,7 @@ LOOP = ROWS + "test_row_equals_its_loop"
 HEADS, PACK, PACKED = "tests/test_distributions.py::", "tests/data/test_packing.py::", "tests/models/test_packed.py::"
 SAMPLED, DRAWN, RANDOM, ENGINE = (f"tests/sampling/test_{name}.py::" for name in ("sampler", "drawing", "randomness", "engine"))
 PAIRS = "tests/objectives/test_preference.py::"
+REGION, STEP, NATURAL = "optim/trust_region.py", "tests/optim/test_trust_region.py::", "tests/learning/test_trust_region.py::"
 
 FAULTS = [
     # ------------------------------------------------------------------------------------------------ credit
@@ -293,6 +294,33 @@ FAULTS = [
           '"stop" if stopped[row] else "length"', '"length" if self.length[i] >= self.room[i] else "stop"', SAMPLED + "test_the_stop_token_is_an_action_and_may_be_the_whole_answer"),
     Fault("sampler", "a moved row keeps the keys of the one before", "slip: cache rows that do not follow their answers", "sampling/forward.py",
           "        self.answers.move(source, target, self.plan.longest)\n", "        pass\n", ENGINE + "test_slots_company_and_group_size_do_not_matter"),
+    # ------------------------------------------------------------------------------------------------ exact KL and trust regions
+    Fault("region", "the step forgets to go back", "slip: the last length tried stays", REGION, "    _place(parameters, start)\n    return", "    return",
+          STEP + "test_a_line_search_that_finds_nothing_leaves_every_bit"),
+    Fault("region", "a step back by subtraction", "slip: p + d - d is not p in float32", REGION, "    _place(parameters, start)\n    return",
+          "    _place(parameters, axpy(-length * decay ** (backtracks - 1), x, parameters))\n    return", STEP + "test_a_line_search_that_finds_nothing_leaves_every_bit"),
+    Fault("region", "a better surrogate is enough", "slip: the limit is not looked at", REGION, "if kl <= limit and surrogate > before:", "if surrogate > before:",
+          STEP + "test_accepted_steps_are_inside_and_better"),
+    Fault("region", "a small divergence is enough", "slip: a worse surrogate is taken", REGION, "if kl <= limit and surrogate > before:", "if kl <= limit:",
+          STEP + "test_a_line_search_that_finds_nothing_leaves_every_bit"),
+    Fault("region", "the length of a quadratic model without its half", "slip: sqrt(limit / x'Fx)", REGION, "math.sqrt(2 * limit / curvature)", "math.sqrt(limit / curvature)",
+          STEP + "test_the_first_length_puts_the_quadratic_model_on_the_limit"),
+    Fault("region", "the damping left out of the solver", "slip: a singular Fisher matrix", REGION, "lambda v: axpy(damping, v, fisher(v))", "fisher",
+          STEP + "test_the_direction_is_the_damped_natural_gradient"),
+    Fault("region", "the divergence with its sides exchanged", "sb3-contrib's line search measures KL(new || old)", "learning/natural.py",
+          'remember(policy, batch, parts, "from", device)', 'remember(policy, batch, parts, "to", device)', NATURAL + "test_the_step_is_that_of_plain_closures_under_every_split"),
+    Fault("region", "a Fisher matrix of the last part only", "slip: products of micro-batches that do not add up", "learning/natural.py",
+          "total = axpy(1.0, self._curvature(part, weights, parameters)(v), total)", "total = self._curvature(part, weights, parameters)(v)",
+          NATURAL + "test_the_step_is_that_of_plain_closures_under_every_split"),
+    Fault("region", "the mean of the micro-batch's own count", "verl #7321 on divergences: the mean of the micro-batch", "learning/natural.py",
+          ".sum() / (weights != 0).sum()", ".sum() / (share.weights != 0).sum()", NATURAL + "test_the_step_is_that_of_plain_closures_under_every_split"),
+    Fault("region", "old with a head that is still trained", "slip: the anchor's head is the policy's own", "models/heads.py",
+          "        layer = copy.deepcopy(layer).requires_grad_(False)\n", "        pass\n", "tests/models/test_exact_kl.py::test_a_trained_head_is_copied_and_a_frozen_one_is_not"),
+    Fault("region", "the divergence before the last step steers beta", "slip: the mean over updates, the first of which is 0", "learning/learner.py",
+          'if other is not None and objective.against == "old":', "if False:", NATURAL + "test_the_second_step_is_pulled_back_to_the_policy_before_the_first"),
+    Fault("region", "the adaptive penalty moves the KL in the reward", "slip: the first coefficient of a KL that is found", "objectives/control.py",
+          'held = {"kl": kl_coefficient(objective), "beta": float(getattr(objective.penalty, "beta", 0.0))', 'held = {"kl": kl_coefficient(objective), "beta": kl_coefficient(objective) or float(getattr(objective.penalty, "beta", 0.0))',
+          PIECES + "test_a_step_that_measured_nothing_keeps_the_row"),
     # ------------------------------------------------------------------------------------------------ preferences
     Fault("preference", "label smoothing without effect", "TRL 1.x ignores it in its sigmoid loss", "objectives/links.py",
           "        target = smoothed(probability, self.smoothing)\n        return -target * logsigmoid(margin)", "        target = probability\n        return -target * logsigmoid(margin)",

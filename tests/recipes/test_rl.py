@@ -455,6 +455,13 @@ def test_an_adaptive_penalty_reaches_its_target(run_rl, metrics, beta, above):
     assert 0.02 / 1.5 < sorted(kl[-15:])[7] < 0.03 and 1 < used[-1] < 100, (kl, used)
 
 
+def test_a_controller_waits_while_only_the_critic_learns(run_rl, metrics):
+    lines = training(metrics(run_rl(algorithm="ppo_kl", passes=2, critic_warmup=2, steps=4, rollouts_every=0, save=False)))
+    assert [line["control/coefficient"] for line in lines[:3]] == [1.0, 1.0, 1.0] and lines[0]["policy/kl_old"] < 1e-9 < lines[3][
+        "policy/kl_old"
+    ]
+
+
 def test_a_trust_region_run_says_what_each_step_did(run_rl, metrics):
     run = run_rl(algorithm="trpo", lora={"rank": 2}, steps=3, critic_lr=1e-2)
     lines = training(metrics(run))

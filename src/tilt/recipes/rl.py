@@ -113,7 +113,8 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
             sampler.load(learner.policy)
         taken, more = step + 1, followed(parts, step + 1, config)
         metrics = recorder.write(step, objective, answers, batch, experience, report, clock, seen, more)
-        objective = objective.following(metrics | {"sequences": len(answers.rollouts)})
+        if step >= critic_warmup(config, objective):
+            objective = objective.following(metrics | {"sequences": len(answers.rollouts)})
         if why := stopping.reason(metrics):
             journal.note(f"stopped at step {step}: {why}")
             break
