@@ -7,11 +7,14 @@ import copy
 import pytest
 import torch
 
+from tilt.data.packing import pack
 from tilt.distributions import Anchor
 from tilt.models import compat
 from tilt.models.adapters import adapter_off, add_lora
+from tilt.models.attention import twice_differentiable
 from tilt.models.heads import frozen_head, head_function
 from tilt.models.policy import Policy
+from tilt.optim.trust_region import hessian_product
 
 
 def logits(policy, batch):
@@ -94,3 +97,25 @@ def test_values_and_entropies_come_beside_it(make, batch):
     assert (
         said.kl.abs().max() < 1e-12 and (said.entropy > 0).all() and not said.values.any() and said.final.shape == (batch.layout.sequences,)
     )
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2", "gemma3_text", "mistral", "gemma2"])
+def test_packed_rows_have_second_derivatives(kind, make, rollouts, alone):
+    """The Hessian of a function of the log-probabilities times a vector equals that of each text alone under plain attention."""
+    lm, batch = make(kind, torch.float64), pack(rollouts)
+    parameters = list(lm.parameters())
+    generator = torch.Generator().manual_seed(3)
+    vector = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    slopes = torch.linspace(-1, 1, len(batch.actions), dtype=torch.float64)
+    with twice_differentiable():
+        found = hessian_product(lambda: (slopes * Policy(lm, chunk=3)(batch).logprobs.exp()).sum(), parameters)(vector)
+    compat.use_attention(lm, "eager")
+    expected = hessian_product(lambda: (slopes * alone(lm, rollouts).exp()).sum(), parameters)(vector)
+    scale = max(float(e.abs().max()) for e in expected)
+    assert scale > 0.1 and max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) < 2e-6 * scale
+
+
+def test_the_fused_attention_has_none(make, batch):
+    lm = make("llama")
+    with pytest.raises(RuntimeError, match="derivative|double backward|not implemented"):
+        hessian_product(lambda: Policy(lm)(batch).logprobs.sum(), list(lm.parameters()))([torch.ones_like(p) for p in lm.parameters()])
