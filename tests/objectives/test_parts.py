@@ -84,6 +84,13 @@ def test_dense_rewards_are_one_more_part() -> None:
     assert credited(PartsRelative(), replace(rewards, total=torch.zeros(2).double()), layout)[0] > 0
 
 
+def test_a_part_of_weight_0_makes_no_difference() -> None:
+    """As that of a judge of steps, whose rewards stand at the steps."""
+    layout = Layout.of([1, 1], [0, 0])
+    rewards = Rewards.of(torch.zeros(2).double(), parts={"a": torch.tensor([0.0, 1])}, weights={"a": 0.0}, actions=2)
+    assert PartsRelative().flat(rewards, layout).tolist() == [True] and credited(PartsRelative(), rewards, layout).tolist() == [0.0, 0.0]
+
+
 def test_the_scale_of_a_part_does_not_matter() -> None:
     base = credited(PartsRelative(), given())
     scaled = replace(given(), parts={name: 100 * x - 7 if name == "kind" else x for name, x in given().parts.items()})

@@ -413,8 +413,8 @@ def test_a_step_that_measured_nothing_keeps_the_row() -> None:
     assert row.following({"reward": 1.0}) == row and still.following({"policy/kl_old": 9.0}) == still
     moved = row.following({"policy/kl_old": 9.0})
     assert moved == replace(row, penalty=OldKL(2.0)) and moved.credit.kl == 0.05, "the KL in the reward stays"
-    assert row.controlled == {"control/coefficient": 1.0} and ALGORITHMS["ppo"].controlled == {}
-    assert ALGORITHMS["skywork"].controlled == {"control/coefficient": 0.005}
+    assert row.controlled == {"kl_coefficient": 1.0} and ALGORITHMS["ppo"].controlled == {}
+    assert ALGORITHMS["skywork"].controlled == {"entropy_coefficient": 0.005}
 
 
 def test_entropy_target() -> None:

@@ -448,7 +448,7 @@ def test_an_adaptive_penalty_reaches_its_target(run_rl, metrics, beta, above):
     lines = training(metrics(run_rl(
         algorithm="ppo_kl", objective=objective, passes=4, steps=40, prompts=8, optimizer={"lr": 2e-2}, rollouts_every=0, save=False
     )))  # fmt: skip
-    kl, used = [line["policy/kl_old"] for line in lines], [line["control/coefficient"] for line in lines]
+    kl, used = [line["policy/kl_old"] for line in lines], [line["kl_coefficient"] for line in lines]
     assert kl[0] > 0.04 if above else kl[0] < 0.005
     for now, then, distance in zip(used, used[1:], kl, strict=False):
         assert then == now * (2 if distance > 0.03 else 0.5 if distance < 0.02 / 1.5 else 1)

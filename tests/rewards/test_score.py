@@ -12,6 +12,7 @@ import torch
 
 from tilt.data.rollouts import Prompt, Rollout, Sampling
 from tilt.errors import DataError, UsageError
+from tilt.objectives import ALGORITHMS, Layout, Signals
 from tilt.rewards import RULES, Scored, Scorer, Text, build, check, parse, read
 from tilt.rewards.check import separation
 from tilt.rewards.rules import Length, Numeric
@@ -285,3 +286,12 @@ def test_normalise_is_a_setting_of_every_kind_of_reward() -> None:
     assert build([{"length": {"high": 3, "normalise": True}}]).parts[0].running == Running()
     with pytest.raises(UsageError, match="expected true or false"):
         parse({"length": 3, "normalise": 1})
+
+
+def test_the_penalty_comes_before_statistics_of_the_group() -> None:
+    """Scores 1 1 0, the first cut, penalty 2: R = -1 1 0, so the group's mean is 0 and its deviation 1."""
+    scorer = Scorer([part("x", 1.0, [1.0, 1.0, 0.0])], missing_eos_penalty=2.0)
+    rewards = scorer([rollout(0, stop="length"), rollout(0), rollout(0)], TEXTS[:3])
+    layout = Layout.of([2, 2, 2], [0, 0, 0])
+    found = ALGORITHMS["grpo"].prepare(rewards, Signals.of(torch.zeros(6), reference=torch.zeros(6)), layout)
+    assert found.advantages[layout.starts].tolist() == [-1.0, 1.0, 0.0]

@@ -89,7 +89,6 @@ GLOSSARY: Mapping[str, str] = MappingProxyType(
         "policy/penalty_avg": "Mean penalty taken off the gain, beta included. Small beside the spread of the advantages; else lower beta.",
         "policy/kl_reference": "Exact KL(policy || reference) of the states, mean over actions, nats. Grows slowly from 0; if it runs away raise beta.",
         "policy/kl_old": "Exact KL(old || policy) of the states after the batch's last step, mean over actions, nats. About the target of its controller; else raise or lower beta.",
-        "control/coefficient": "The coefficient that the row's controller moves, of the KL divergence or the entropy, as this step used it. Settles; one that only grows or falls says that the target is out of reach.",
         "trpo/kl": "Exact KL(old || policy) after the natural step, mean over actions, nats. Between a third of the limit and the limit; 0 where no step was accepted.",
         "trpo/improvement": "Rise of the surrogate by the natural step. Above 0; shrinking towards 0 with the reward flat, the batch has nothing left to teach: ask more prompts.",
         "trpo/backtracks": "How often the line search shortened the step. 0 to 2; at `backtracks` nothing was accepted and the weights are what they were: raise damping or the batch.",

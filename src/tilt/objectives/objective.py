@@ -91,8 +91,9 @@ class Objective:
 
     @property
     def controlled(self) -> dict[str, float]:
-        """The coefficient that the controller moves, as a metric; nothing without a controller."""
-        return {"control/coefficient": coefficient(self)} if getattr(self.control, "moves", "") else {}
+        """The coefficient that the controller moves, as a metric: `kl_coefficient` or `entropy_coefficient`; nothing without a controller."""
+        moves = getattr(self.control, "moves", "")
+        return {"entropy_coefficient" if moves == "entropy" else "kl_coefficient": coefficient(self)} if moves else {}
 
     def check(self, samples: int, passes: int) -> list[str]:
         """Why this row cannot run with so many samples a prompt and passes over a batch, in the user's words; empty when it can."""

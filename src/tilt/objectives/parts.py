@@ -43,7 +43,8 @@ class PartsRelative(Credit):
         return flat
 
     def __call__(self, rewards: Rewards, signals: Signals, layout: Layout) -> Credited:
-        each = torch.stack([weight * self._normalised(part, layout, seen) for weight, part, seen in _parts(rewards, layout)])
+        none = torch.zeros_like(rewards.total)
+        each = torch.stack([none, *(weight * self._normalised(part, layout, seen) for weight, part, seen in _parts(rewards, layout))])
         total, rounding = each.sum(0), 16 * torch.finfo(each.dtype).eps * each.abs().sum(0)
         total = torch.where(total.abs() <= rounding, 0, total)  # parts that cancel leave a rounding error, which must not be normalised
         whole = Layout(layout.sequence, torch.zeros_like(layout.prompt))
@@ -58,13 +59,14 @@ class PartsRelative(Credit):
 
 
 def _parts(rewards: Rewards, layout: Layout) -> list[tuple[float, PerSequence, SequenceMask]]:
-    """Weight, values [S] (0 where absent) and presence [S] of each part; of a reward without parts, the reward itself."""
+    """Weight, values [S] (0 where absent) and presence [S] of each part that weighs anything; of a reward without parts, the reward itself."""
     given = dict(rewards.parts) or {"reward": rewards.total}
     found = []
     for name, part in given.items():
         values = part.to(rewards.total)
         seen = rewards.scored.to(values.device) & ~values.isnan()
-        found.append((rewards.weights.get(name, 1.0), torch.where(seen, values, 0), seen))
+        if weight := rewards.weights.get(name, 1.0):
+            found.append((weight, torch.where(seen, values, 0), seen))
     if rewards.steps.any():
         found.append((1.0, segment_sum(rewards.steps, layout), rewards.scored))
     return found
