@@ -457,7 +457,7 @@ def test_an_adaptive_penalty_reaches_its_target(run_rl, metrics, beta, above):
 
 def test_a_controller_waits_while_only_the_critic_learns(run_rl, metrics):
     lines = training(metrics(run_rl(algorithm="ppo_kl", passes=2, critic_warmup=2, steps=4, rollouts_every=0, save=False)))
-    assert [line["control/coefficient"] for line in lines[:3]] == [1.0, 1.0, 1.0] and lines[0]["policy/kl_old"] < 1e-9 < lines[3][
+    assert [line["kl_coefficient"] for line in lines[:3]] == [1.0, 1.0, 1.0] and lines[0]["policy/kl_old"] < 1e-9 < lines[3][
         "policy/kl_old"
     ]
 
