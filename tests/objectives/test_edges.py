@@ -13,14 +13,18 @@ from torch import Tensor
 from tilt.errors import UsageError
 from tilt.objectives import (
     ALGORITHMS,
+    K1,
+    K2,
     K3,
     CappedScore,
     Clip,
     ClippedGeometricRatio,
+    ExactKL,
     GroupRelative,
     Layout,
     MaskedImportance,
     Objective,
+    OldKL,
     PerBudget,
     ProcessRelative,
     Proportional,
@@ -28,10 +32,11 @@ from tilt.objectives import (
     Rewards,
     Signals,
     Teacher,
+    TrustRegion,
     TwoSided,
     batch_metrics,
 )
-from tilt.objectives.credit import Credited, whiten
+from tilt.objectives.credit import Credited, whiten, whitened_rewards
 
 
 def double(*numbers: float) -> Tensor:
@@ -46,6 +51,12 @@ def test_whitening_of_what_is_equal_is_zero_whatever_the_rest_holds() -> None:
     assert whiten(double(3, 3, 7), seen, 1, 0.0).tolist() == [0, 0, 0] == whiten(double(3, 3, -7), seen, 0, 0.0).tolist()
     assert whiten(double(1, 3, float("nan")), seen, 0, 0.0).tolist() == [-1, 1, 0]
     assert whiten(double(1, 3, float("nan")), seen, 1, 2.0).tolist() == [-0.5, 0.5, 0]
+
+
+def test_whitened_rewards_of_what_nobody_scored_are_zero() -> None:
+    """Mean 2 and deviation sqrt 2 of the first two, the mean added back; the third is 0 whatever it holds."""
+    found = whitened_rewards(double(1, 3, float("nan")), torch.tensor([True, True, False]))
+    assert found.tolist() == pytest.approx([2 - 0.5**0.5, 2 + 0.5**0.5, 0])
 
 
 def test_epsilon_of_a_whitened_group_is_that_of_a_deviation() -> None:
@@ -164,6 +175,53 @@ def test_a_budget_is_at_least_one_action() -> None:
     assert PerBudget(1).length == 1
     with pytest.raises(UsageError, match="length=0"):
         PerBudget(0)
+
+
+# ------------------------------------------------------------------------------------------------ penalties
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("kind", [K1, K2, K3])
+def test_a_penalty_equals_its_loop(kind: Any, level: str, weighted: bool, f: Any) -> None:
+    """Value and gradient of beta k(u), u of the action or of its answer, times policy / old of the same."""
+    piece, outputs = kind(0.3, level, weighted), f.outputs()
+    found = piece(outputs, f.signals, f.layout)
+    leaves = [x.detach().clone().requires_grad_() for x in outputs.logprobs.split(f.layout.lengths.tolist())]
+    rows = []
+    for x, old, reference in zip(leaves, f.old, f.reference, strict=True):
+        groups = [range(len(x))] if level == "sequence" else [[t] for t in range(len(x))]
+        for group in groups:
+            u = sum(x[t] - reference[t] for t in group)
+            each = 0.3 * {K1: lambda u: u, K2: lambda u: u**2 / 2, K3: lambda u: torch.exp(-u) + u - 1}[kind](u)
+            rows += [each * torch.exp(sum(x[t] - old[t] for t in group)) if weighted else each] * len(group)
+    torch.testing.assert_close(found, torch.stack(rows), rtol=0, atol=1e-12)
+    slope = torch.linspace(1, 2, 10, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((slope * found).sum(), outputs.logprobs)
+    torch.testing.assert_close(gradient, torch.cat(torch.autograd.grad((slope * torch.stack(rows)).sum(), leaves)), rtol=0, atol=1e-12)
+    assert piece.needs == ({"reference", "old"} if weighted else {"reference"})
+
+
+def test_exact_penalties_scale_what_the_forward_pass_measured(f: Any) -> None:
+    outputs = replace(f.outputs(), kl=torch.linspace(0, 1, 10, dtype=torch.float64))
+    for piece, against in ((ExactKL(0.3), "reference"), (OldKL(0.3), "old")):
+        assert torch.equal(piece(outputs, f.signals, f.layout), 0.3 * outputs.kl) and piece.against == against and piece.needs == {against}
+    assert not TrustRegion()(outputs, f.signals, f.layout).any()
+
+
+@pytest.mark.parametrize(
+    ("piece", "name"),
+    [
+        (TrustRegion, "limit"), (TrustRegion, "iterations"), (TrustRegion, "damping"), (TrustRegion, "backtracks"), (TrustRegion, "decay"),
+        (ExactKL, "beta"), (OldKL, "beta"),
+    ],
+)  # fmt: skip
+def test_a_penalty_refuses_impossible_numbers(piece: Any, name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        piece(**{name: -1})
+    with pytest.raises(UsageError, match="decay"):
+        TrustRegion(decay=1.0)
+    TrustRegion(damping=0)
 
 
 # ------------------------------------------------------------------------------------------------ corrections and control

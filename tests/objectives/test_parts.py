@@ -76,6 +76,14 @@ def test_equal_parts_give_exactly_nothing_and_one_part_is_a_group_on_the_batch_s
     assert credited(PartsRelative(), half, layout)[:3].tolist() == [0.0] * 3
 
 
+def test_parts_that_cancel_leave_nothing_beside_a_group_that_differs() -> None:
+    """Parts of .1 0 and 0 .3 disagree, equally on their own scales: exactly 0; the other group has the batch's mean 0 and deviation 1."""
+    layout = Layout.of([1, 2, 1, 1], [0, 0, 1, 1])
+    parts = {"a": torch.tensor([0.1, 0, 0, 1]), "b": torch.tensor([0.0, 0.3, 0, 1])}
+    found = credited(PartsRelative(), Rewards.of((parts["a"] + parts["b"]).double(), parts=parts, actions=5), layout)
+    assert found[:2].tolist() == [0, 0] and found[2:].tolist() == pytest.approx([-(1.5**0.5), 1.5**0.5], abs=1e-6)
+
+
 def test_dense_rewards_are_one_more_part() -> None:
     layout = Layout.of([2, 2], [0, 0])
     steps = torch.tensor([1.0, 2, 0, 0]).double()
