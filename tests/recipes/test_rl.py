@@ -27,6 +27,7 @@ def variety(completions: list[str], **columns: object) -> list[float]:
     return [float(len(set(text))) for text in completions]
 
 
+TINY = {"width": 16, "layers": 1, "heads": 2, "context": 32, "vocabulary": 270}
 LORA = {"rank": 2, "alpha": 4.0}
 CLOCK = ("time", "tokens_per_second", "eps")
 
@@ -685,3 +686,16 @@ def test_the_rise_is_of_the_last_four_steps_over_the_first() -> None:
     scores = [1.0, 9.0, 2.0, 3.0, 4.0, 5.0]
     assert stopping.risen(scores, 0.5) == (3.5 - 1.0) / 0.5
     assert stopping.risen(scores[:4], 0.5) == 0.0  # four later steps are needed
+
+
+def test_a_plan_counts_what_modifiers_hold_and_take(rows, shared):
+    """Models that are held besides, texts beside, and draws of prompts."""
+    given = {
+        "model": TINY, "data": {"source": str(rows), "template": "text"}, "reward": {"length": 3}, "prompts": 4, "samples": 4, "steps": 10,
+        "sampling": {"max_tokens": 6},
+    }  # fmt: skip
+    texts = {"source": str(rows), "read_as": "sft", "batch": 8}
+    more = {"ema": 0.9, "reference_update": {"every": 2}, "pretrain_data": texts, "pretrain_coefficient": 1.0, "keep": {"mixed": True}}
+    plain, full = ("\n".join(rl.plan(rl.Config.model_validate(shared | given | extra))) for extra in ({}, more))
+    assert "average of the weights" in full and "first reference" in full and "first reference" not in plain
+    assert not Path(shared["root"]).exists()

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tilt.data.formats import Want
-from tilt.data.packing import Pack, pack
+from tilt.data.packing import Pack
 from tilt.data.rendering import Renderer, show
-from tilt.data.rollouts import Prompt, Rollout, Sampling
+from tilt.data.rollouts import Prompt, Rollout
 from tilt.data.steps import check_separator, stepwise
 from tilt.errors import UsageError
 from tilt.learning.judged import Judged, lay
@@ -26,6 +25,7 @@ from tilt.models.policy import Policy, RewardModel
 from tilt.objectives import Objective, card
 from tilt.parity import undressed
 from tilt.recipes import judging, opening
+from tilt.recipes.measuring import Examples, Measured, attempt, generation, guessed, memory, parameters
 from tilt.recipes.rehearsal import rehearse
 from tilt.recipes.scoring import scoring
 from tilt.recipes.settings import Run, Training
@@ -38,7 +38,6 @@ from tilt.sampling.sampler import Sampler
 if TYPE_CHECKING:
     from tilt.recipes import dpo, pretrain, process_reward, ranking, reward_model, rl_settings, sft
 
-Examples = Sequence[Rollout]
 SHOWN = 1200  # terminal cells of an example
 FORWARD = 1 / 3  # of the time of a forward and a backward pass
 
@@ -53,15 +52,6 @@ class Opened:
     tokenizer: Any
     name: str
     render: Renderer
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A forward and backward pass of the real model on examples: seconds a token, and bytes a token kept for the backward pass."""
-
-    tokens: int
-    seconds: float
-    activations: float
 
 
 def texts(config: pretrain.Config, pieces: Callable[..., list[Rollout]]) -> list[str]:
@@ -110,12 +100,12 @@ def labelled_steps(config: process_reward.Config) -> list[str]:
     train = found.render.each(partial(stepwise, found.render, config.separator), found.rows.train)
     model = RewardModel.from_policy(opening.policy_of(found.lm, found.device), padding=padded_tokenizer(found.tokenizer).pad_token_id)
     opening.adapted(model.model, config.lora)
-    measured = _try(lambda batch: model(batch).sum(), [a.rollout for a in train[: config.batch]], config, found.device, model)
+    measured = attempt(lambda batch: model(batch).sum(), [a.rollout for a in train[: config.batch]], config, found.device, model)
     tokens = sum(len(a.rollout.prompt.tokens) + len(a.rollout.tokens) for a in train)
     return [
         *_opening(config, "prm", found, model),
         *_shown([show(answer.marked, found.tokenizer) for answer in train[:2]]),
-        *_memory(config, model, measured, tokens / len(train) * config.batch, {}, 0),
+        *memory(config, model, measured, tokens / len(train) * config.batch, {}, 0),
         *_epochs(config, "answers", len(train), tokens, measured),
         *([f"note       {model.note}"] if model.note else []),
     ]
@@ -128,11 +118,9 @@ def compared_pairs(config: dpo.Config) -> list[str]:
     examples = judging.Examples.of(found.render, found.rows, row)
     policy = opening.policy_of(opening.adapted(found.lm, config.lora), found.device)
     with adapter_off(policy.lm) if config.lora is not None else nullcontext():
-        held = (
-            {} if config.reference is None else {"reference": _parameters(opening.language_model(config.reference, None, tuple, 0)[0])[0]}
-        )
+        held = {} if config.reference is None else {"reference": parameters(opening.language_model(config.reference, None, tuple, 0)[0])[0]}
     if config.reference is None and config.reference_update.every:
-        held = {"reference": _parameters(policy)[0]}
+        held = {"reference": parameters(policy)[0]}
     return _judged(
         config, judging.stem(name), found, policy, lambda batch: -policy(batch).logprobs.sum(), examples, held, card(row, name=name)
     )
@@ -162,11 +150,11 @@ def reinforcement(config: rl_settings.Config) -> list[str]:
     if config.prompts > len(prompts):
         raise UsageError(f"prompts {config.prompts}: the data have only {len(prompts)} training prompts; set prompts to at most that")
     held, critic = _held(config, objective, found, policy, shared)
-    average = {} if config.ema is None else {"average of the weights": _parameters(policy)[1]}
+    average = {} if config.ema is None else {"average of the weights": parameters(policy)[1]}
     rehearsed = [] if config.reward is None else [_rehearsed(config, found, prompts, config.missing_stop_penalty, config.reward_clip)]
-    measured = _try(
+    measured = attempt(
         lambda batch: -policy(batch).logprobs.sum(),
-        _guessed(prompts[: config.prompts], config.samples, config.sampling.max_tokens),
+        guessed(prompts[: config.prompts], config.samples, config.sampling.max_tokens),
         config,
         found.device,
         policy,
@@ -180,14 +168,14 @@ def reinforcement(config: rl_settings.Config) -> list[str]:
     passes = config.passes * (1 + (critic > 0)) + FORWARD * (
         len(held.keys() - {"mask", "first reference"}) + ("old" in objective.needs) * (config.passes * config.minibatches > 1)
     )
-    drawing = _generation(config, found, policy, prompts, sampling_of(config.sampling, found.render))
+    drawing = generation(config, found.lm, found.tokenizer, found.device, prompts, sampling_of(config.sampling, found.render))
     drawing *= config.keep.draws if config.keep.mixed else 1
     each = drawing + (tokens * passes + beside) * measured.seconds
     return [
         *_opening(config, Path(name.rpartition(":")[0] or name).stem, found, policy),
         *rehearsed,
         *_shown([_asked(p, found.tokenizer) for p in prompts[:2]]),
-        *_memory(config, policy, measured, tokens, held | average, critic),
+        *memory(config, policy, measured, tokens, held | average, critic),
         f"steps      {config.steps} of {config.prompts} prompts × {config.samples} answers of at most {longest} tokens: at most {tokens:,} tokens a step; "
         f"{config.passes * config.minibatches} optimizer steps each; {config.steps * config.prompts / len(prompts):.1f} passes over the {len(prompts):,} prompts",
         f"time       at most about {duration(config.steps * each)}: {config.steps} steps × {each:.2f} s, of which {drawing:.2f} s to generate, "
@@ -250,12 +238,12 @@ def _opening(config: Training | ranking.Config, recipe: str, found: Opened, modu
 
 
 def _supervised(config: Any, recipe: str, unit: str, found: Opened, policy: Policy, train: Examples) -> list[str]:
-    measured = _try(lambda batch: -policy(batch).logprobs.sum(), train[: config.batch], config, found.device, policy)
+    measured = attempt(lambda batch: -policy(batch).logprobs.sum(), train[: config.batch], config, found.device, policy)
     tokens = sum(len(r.prompt.tokens) + len(r.tokens) for r in train)
     return [
         *_opening(config, recipe, found, policy),
         *_shown([show(example, found.tokenizer) for example in train[:2]]),
-        *_memory(config, policy, measured, tokens / len(train) * config.batch, {}, 0),
+        *memory(config, policy, measured, tokens / len(train) * config.batch, {}, 0),
         *_epochs(config, unit, len(train), tokens, measured),
         *([f"note       {policy.note}"] if policy.note else []),
     ]
@@ -266,13 +254,13 @@ def _judged(
     held: dict[str, int], described: str,
 ) -> list[str]:  # fmt: skip
     train = examples.train
-    measured = _try(loss, [answer for example in train[: config.batch] for answer in example.answers], config, found.device, model)
+    measured = attempt(loss, [answer for example in train[: config.batch] for answer in example.answers], config, found.device, model)
     tokens = len(lay(train, len(train)).pack.tokens)
     return [
         *_opening(config, recipe, found, model),
         *examples.notes,
         *_shown([f"{title}, " + show(answer, found.tokenizer) for title, answer in _titled(train)]),
-        *_memory(config, model, measured, tokens / len(train) * config.batch, held, 0),
+        *memory(config, model, measured, tokens / len(train) * config.batch, held, 0),
         *_epochs(config, judging.unit(train), len(train), tokens, measured),
         *([f"note       {model.note}"] if model.note else []),
         "objective  " + described.replace("\n", "\n           "),
@@ -322,15 +310,9 @@ def _rehearsed(config: Any, found: Opened, prompts: Sequence[Prompt], penalty: f
     return f"reward     {len(values)} short answers of the model as it is get {', '.join(values)}"
 
 
-def _parameters(module: nn.Module) -> tuple[int, int]:
-    """Bytes of all parameters, and of those that are trained."""
-    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
-
-
 def _held(config: rl_settings.Config, objective: Objective, found: Opened, policy: Policy, shared: bool) -> tuple[dict[str, int], int]:
     """Bytes of each frozen model that the run holds beside the policy, and of the critic."""
-    body = _parameters(policy)[0]
+    body = parameters(policy)[0]
     held: dict[str, int] = {}
     if "reference" in objective.needs or config.max_kl is not None or config.lora is None:
         held["reference"] = 0 if config.lora is not None and config.reference is None else body
@@ -342,86 +324,5 @@ def _held(config: rl_settings.Config, objective: Objective, found: Opened, polic
         held["reward model (of the policy's size, from the stage before)"] = body
     else:
         judged = scoring(config.reward, found.tokenizer, found.device)
-        held |= {role: _parameters(model)[0] for role, model in judged.modules.items()}
+        held |= {role: parameters(model)[0] for role, model in judged.modules.items()}
     return held, body if objective.value.needs and not shared else 0
-
-
-def _memory(config: Training, module: nn.Module, measured: Measured, batch: float, held: Mapping[str, int], critic: int) -> list[str]:
-    """Bytes by what they are for: Adam keeps two numbers for each trained one, a critic is trained like the policy."""
-    every, trained = _parameters(module)
-    tokens = min(config.micro_tokens, round(batch))
-    parts = {
-        "weights": every, "gradients": trained, "Adam": 2 * trained, "critic with its own": 4 * critic, **held,
-        f"activations of {tokens:,} tokens": round(measured.activations * tokens),
-    }  # fmt: skip
-    said = ", ".join(f"{name} {_size(count)}" for name, count in parts.items() if count or name == "reference")
-    return [f"memory     about {_size(sum(parts.values()))} at most: {said}"]
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(count / 2**20, 0.1):.1f} MiB"
-
-
-def _guessed(prompts: Sequence[Prompt], samples: int, length: int) -> list[Rollout]:
-    """Prompts with `samples` answers of the greatest length each, for timing alone."""
-    return [Rollout.demonstration(p, (p.tokens * (length // len(p.tokens) + 1))[:length]) for p in prompts for _ in range(samples)]
-
-
-def _try(loss: Callable[[Pack], Tensor], examples: Examples, config: Training, device: torch.device, module: nn.Module) -> Measured:
-    """Time a forward and backward pass on a few examples, once to warm up and to count what is kept, twice by the clock."""
-    weight = sum(p.numel() for p in module.parameters())
-    budget = min(config.micro_tokens, max(64, min(2048, int(2e10 / max(weight, 1)))))
-    chosen: list[Rollout] = []
-    while len(chosen) < len(examples) and (not chosen or sum(len(r.prompt.tokens) + len(r.tokens) for r in chosen) < budget):
-        chosen.append(examples[len(chosen)])
-    batch = pack(chosen).to(device)
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    autocast = opening.precision(config, device)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast():
-        loss(batch).backward()  # type: ignore[no-untyped-call]
-    times = []
-    for _ in range(2):
-        began = perf_counter()
-        with autocast():
-            loss(batch).backward()  # type: ignore[no-untyped-call]
-        _wait(device)
-        times.append(perf_counter() - began)
-    seconds = min(times)
-    module.zero_grad(set_to_none=True)
-    return Measured(len(batch.tokens), seconds / len(batch.tokens), sum(kept.values()) / len(batch.tokens))
-
-
-def _generation(config: rl_settings.Config, found: Opened, policy: Policy, prompts: Sequence[Prompt], sampling: Sampling) -> float:
-    """Seconds to generate the answers of a step, each of the greatest length: reading the prompts once, and one decoding step a token."""
-    slots, answers = config.sampling.slots, config.prompts * config.samples
-    weight = sum(p.numel() for p in policy.parameters())
-    asked = list(
-        prompts[
-            : max(
-                1, min(config.prompts, int(2e10 / weight) // max(len(p.tokens) for p in prompts[: config.prompts]), slots // config.samples)
-            )
-        ]
-    )
-    times = []
-    for length in (1, 1, 9):
-        sampler = Sampler(found.lm, found.tokenizer, replace(sampling, max_tokens=length, stop_ids=(), stop_strings=()), slots=slots)
-        if config.mask is not None:
-            sampler.mask(config.mask.top_p)
-        began = perf_counter()
-        sampler.sample(asked, config.samples, step=0, stream="trial")
-        _wait(found.device)
-        times.append(perf_counter() - began)
-    once, decoding = times[1], max(0.0, times[2] - times[1]) / 8
-    return (once + decoding * sampling.max_tokens) * answers / (len(asked) * config.samples)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
