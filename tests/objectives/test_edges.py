@@ -266,3 +266,17 @@ def test_no_mean_holds_an_answer_that_nobody_scored(f: Any) -> None:
     found = batch_metrics(nobody, f.signals, f.layout, kl=0.05)
     for name in ("objective/scores", "objective/scores_std", "objective/rlhf_reward", "groups/zero_variance"):
         assert found[name] == (0, 0), name
+
+
+def test_an_exact_kl_that_was_not_measured_everywhere_is_a_mean_over_what_was(f: Any) -> None:
+    row = replace(ALGORITHMS["dapo"], penalty=ExactKL(0.1))
+    kl = torch.linspace(0, 0.9, 10, dtype=torch.float64)
+    kl[3] = torch.nan
+    found = row.metrics(replace(f.outputs(), kl=kl), row.prepare(f.rewards, f.signals, f.layout))
+    assert found["policy/kl_reference"][0].item() == pytest.approx(4.5 - 0.3) and found["policy/kl_reference"][1] == 9
+
+
+def test_a_trust_region_takes_one_step_a_batch() -> None:
+    row = replace(ALGORITHMS["dapo"], penalty=TrustRegion())
+    assert row.check(samples=8, passes=1) == []
+    assert "one natural step" in row.check(samples=8, passes=2)[0] and len(row.check(8, 2)) == 1
