@@ -9,7 +9,7 @@ import pytest
 
 from tilt.cli import audit as page
 from tilt.cli.main import main
-from tilt.objectives import ALGORITHMS
+from tilt.objectives import ALGORITHMS, PREFERENCES
 
 FLIPPED = """
 from dataclasses import dataclass
@@ -66,7 +66,6 @@ def test_what_cannot_be_audited_is_said(tmp_path: Path, capsys: pytest.CaptureFi
         ([], "tilt audit --all"),
         (["grpo", "--all"], "tilt audit --all"),
         (["gropo"], "grpo"),
-        (["dpo"], "a row on pairs"),
         ([str(tmp_path / "text.yaml")], "names no algorithm"),
         (["rloo", "credit.cl=1"], "kl"),
     ):
@@ -76,14 +75,22 @@ def test_what_cannot_be_audited_is_said(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_all_rows_in_one_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(page, "ALGORITHMS", {name: ALGORITHMS[name] for name in ("reinforce", "rloo")})
+    monkeypatch.setattr(page, "PREFERENCES", {name: PREFERENCES[name] for name in ("dpo", "kto")})
     assert main(["audit", "--all"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:3] == ["row", "expected", "gradient"] and [line.split()[0] for line in lines if line[:1].strip()][1:] == [
-        "reinforce",
-        "rloo",
-    ]
+    assert [line.split()[0] for line in lines if line[:1].strip()] == ["row", "reinforce", "rloo", "row", "dpo", "kto"]
     assert main(["audit", "--all", "--json"]) == 0
-    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == ["reinforce", "rloo"]
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == ["reinforce", "rloo", "dpo", "kto"]
+
+
+def test_a_row_on_judged_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "dpo", "margin.beta=0.3"]) == 0
+    out = capsys.readouterr().out
+    assert "stationary at the tilted policy, reference * exp(reward / 0.3) / Z" in out and "verdict: sound" in out
+    text = "from dataclasses import replace\nfrom tilt.objectives import PREFERENCES, Logistic\nMINE = replace(PREFERENCES['dpo'], link=Logistic(1.0))\n"
+    (tmp_path / "mine.py").write_text(text)
+    assert main(["audit", f"{tmp_path / 'mine.py'}:MINE", "--json"]) == 1
+    assert [one["mistake"] for one in json.loads(capsys.readouterr().out)["mistakes"]] == ["sign flipped"]
 
 
 def test_a_preset_with_a_known_fault_shows_it(capsys: pytest.CaptureFixture[str]) -> None:

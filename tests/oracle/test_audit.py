@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tilt.objectives import (
     ALGORITHMS,
+    PREFERENCES,
     Average,
     Credit,
     Credited,
@@ -37,6 +38,7 @@ from tilt.objectives.card import _kl, unbiased_for
 from tilt.oracle.audit import Audit, audit, plain
 from tilt.oracle.checks import all_checks
 from tilt.oracle.estimand import BEST, LIKELIHOOD, PER_LENGTH, PROBABILITY, TOKEN_KL, Estimand, J, estimand, named, pull
+from tilt.oracle.pairs import audit_pairs
 from tilt.segments import group_count, group_mean, group_std, group_sum, spread
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -366,15 +368,15 @@ def page_row(name: str) -> str:
 
 def test_the_page_has_every_row_and_says_what_the_record_says() -> None:
     figures = recorded()
-    assert list(figures) == list(ALGORITHMS), "run `python docs/make_audit.py`"
+    assert list(figures) == [*ALGORITHMS, *PREFERENCES], "run `python docs/make_audit.py`"
     for name, told in figures.items():
-        assert told["expected gradient"].replace("|", "\\|") in page_row(name) and told["verdict"] in page_row(name)
+        assert next(iter(told.values())).replace("|", "\\|") in page_row(name) and told["verdict"] in page_row(name)
         assert told["verdict"].startswith(("sound", "usable", "biased"))
 
 
 def test_the_record_says_what_the_cards_say() -> None:
     """Without enumerating again: the words of both."""
-    for name, told in recorded().items():
+    for name, told in ((name, recorded()[name]) for name in ALGORITHMS):
         target, holds, weighed = claimed(unbiased_for(ALGORITHMS[name]))
         text = told["expected gradient"]
         assert text.startswith("biased") == (holds == "not") and ("as the batch grows" in text) == (holds == "as the batch grows"), name
@@ -385,7 +387,7 @@ def test_the_record_says_what_the_cards_say() -> None:
 def test_the_page_is_in_step(name: str) -> None:
     found: Audit = audit(ALGORITHMS[name], name)
     made = script()
-    assert made.table([found]).splitlines()[2] == page_row(name), "run `python docs/make_audit.py`"
+    assert made.table(made.COLUMNS, [made.cells(found)]).splitlines()[2] == page_row(name), "run `python docs/make_audit.py`"
     assert made.recorded(found) == recorded()[name]
 
 
@@ -397,3 +399,10 @@ def test_checks_are_listed_in_the_page() -> None:
         assert name.removeprefix("split over ") in listed, name
     for name in PLANTED:
         assert re.sub(r" \(.*\)", "", name) in listed, name
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_the_second_table_is_in_step(name: str) -> None:
+    found, made = audit_pairs(PREFERENCES[name], name), script()
+    assert made.table(made.PAIR_COLUMNS, [made.pair_cells(found)]).splitlines()[2] == page_row(name), "run `python docs/make_audit.py`"
+    assert made.recorded(found) == recorded()[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,42 +11,47 @@ from rich.table import Table
 from rich.text import Text
 
 from tilt.cli.recipes import ENDINGS
-from tilt.config import Document, gather, hint, override
+from tilt.config import Document, gather, override
 from tilt.errors import UsageError
-from tilt.objectives import ALGORITHMS, PREFERENCES, Objective
+from tilt.objectives import ALGORITHMS, PREFERENCES, Objective, Preference
 from tilt.oracle.audit import SMALL, Audit, audit, plain
+from tilt.oracle.pairs import PairAudit, audit_pairs
+from tilt.oracle.pairs import plain as plain_pairs
 from tilt.recipes import variants
 from tilt.runs.text import inert
 
 
 def show_audit(name: str, changes: Sequence[str], json: bool, everything: bool) -> int:
-    """Audit one row, or all of THE TABLE; the exit code."""
+    """Audit one row, or all of both tables; the exit code."""
     if everything == bool(name):
-        raise UsageError(
-            "name a row, a recipe or file.py:NAME to audit, as in `tilt audit grpo`; `tilt audit --all` audits the whole table"
-        )
+        raise UsageError("name a row, a recipe or file.py:NAME to audit, as in `tilt audit grpo`; `tilt audit --all` audits every row")
     if everything:
         found = [audit(row, key) for key, row in ALGORITHMS.items()]
+        judged = [audit_pairs(row, key) for key, row in PREFERENCES.items()]
         if json:
-            print(json_text.dumps([plain(one) for one in found], ensure_ascii=False))
+            print(json_text.dumps([*map(plain, found), *map(plain_pairs, judged)], ensure_ascii=False))
         else:
-            _print(_table(found))
-        return 0 if all(one.sound for one in found) else 1
-    one = audit(chosen(name, changes), name if ".py:" in name or name.endswith(ENDINGS) else name.replace("-", "_"))
+            _print(
+                _table(COLUMNS, map(cells, found), right=(2, 3, 4, 5)), Text(""), _table(PAIR_COLUMNS, map(pair_cells, judged), right=(2,))
+            )
+        return 0 if all(one.sound for one in found) and all(one.sound for one in judged) else 1
+    title = name if ".py:" in name or name.endswith(ENDINGS) else name.replace("-", "_")
+    row = chosen(name, changes)
+    one = audit(row, title) if isinstance(row, Objective) else audit_pairs(row, title)
     if json:
-        print(json_text.dumps(plain(one), ensure_ascii=False))
+        print(json_text.dumps(plain(one) if isinstance(one, Audit) else plain_pairs(one), ensure_ascii=False))
     else:
         _print(*(Text(inert(line, newline="\n")) for line in lines(one)))
     return 0 if one.sound else 1
 
 
-def chosen(name: str, changes: Sequence[str]) -> Objective:
+def chosen(name: str, changes: Sequence[str]) -> Objective | Preference:
     """The row that a name, a recipe's file or file.py:NAME stands for, with `slot.key=value` applied."""
     if not name.endswith(ENDINGS):
-        if name.replace("-", "_") in PREFERENCES:
-            raise UsageError(f"{name} is a row on pairs, which draws no answers to enumerate: {hint(name, ALGORITHMS)}")
         document = Document()
         override(document, changes)
+        if name.replace("-", "_") in PREFERENCES or (".py:" in name and isinstance(_imported(name), Preference)):
+            return variants.resolve_preference(name, document.values)[1]
         return variants.optimised(name, document.values, {}, 128)[1]
     document = gather([Path(name)], [])
     section = document.values.get("rl", document.values)
@@ -62,8 +67,17 @@ def chosen(name: str, changes: Sequence[str]) -> Objective:
     return variants.optimised(algorithm, told.values, section.get("quirks", {}), longest)[1]
 
 
-def facts(found: Audit) -> dict[str, str]:
+def _imported(name: str) -> object:
+    """What file.py:NAME is; None where there is no such thing, which is told where it is resolved."""
+    path, _, attribute = name.rpartition(":")
+    return getattr(variants.import_file(Path(path)), attribute, None)
+
+
+def facts(found: Audit | PairAudit) -> dict[str, str]:
     """What was measured, by name."""
+    if isinstance(found, PairAudit):
+        aim = "the rewards" if "reward," in found.statement or "true reward" in found.statement else "grad E[R]"
+        return {"mean loss over all labels": found.statement, "first step": f"cosine {found.cosine:.4f} with {aim}"}
     told = {"expected gradient": found.statement}
     if found.noise == found.noise:
         told["against grad J"] = f"cosine {found.cosine:.4f}, bias {100 * found.error:.1f} % of the gradient, in {SMALL}"
@@ -76,15 +90,22 @@ def facts(found: Audit) -> dict[str, str]:
     return told | {name: text for name, text in extra.items() if text}
 
 
-def lines(found: Audit) -> list[str]:
+def lines(found: Audit | PairAudit) -> list[str]:
     """An audit as a page of text."""
     told = facts(found)
     width = max(map(len, [*told, *(check.name for check in found.checks)])) + 2
     page = [found.name, *(f"  {name:<{width}}{text}" for name, text in told.items()), ""]
     page += [f"  {check.name:<{width}}{'ok    ' if check.passed else 'FAILED'}  {check.seen}" for check in found.checks]
-    for mistake in found.mistakes:
-        page += ["", f"  MISTAKE: {mistake.name}", f"    {mistake.evidence}", f"    {mistake.mend}"]
+    for name, evidence, mend in mistakes(found):
+        page += ["", f"  MISTAKE: {name}", f"    {evidence}", f"    {mend}"]
     return [*page, "", f"  verdict: {found.verdict}", f"  ({found.seconds:.1f} s)"]
+
+
+def mistakes(found: Audit | PairAudit) -> list[tuple[str, str, str]]:
+    """Name, evidence and mend of each mistake."""
+    if isinstance(found, PairAudit):
+        return [(check.mistake, check.seen, check.mend) for check in found.mistakes]
+    return [(mistake.name, mistake.evidence, mistake.mend) for mistake in found.mistakes]
 
 
 COLUMNS = (
@@ -111,12 +132,22 @@ def cells(found: Audit) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _table(found: Sequence[Audit]) -> Table:
+PAIR_COLUMNS = ("row", "mean loss over all labels", "first step", "checks", "verdict")
+
+
+def pair_cells(found: PairAudit) -> tuple[str, ...]:
+    """A row of the table of audits of the second table."""
+    passed = sum(check.passed for check in found.checks)
+    checks = f"{passed} of {len(found.checks)}" if passed < len(found.checks) else "all"
+    return (found.name, found.statement, f"{found.cosine:.3f}", checks, found.verdict)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column in COLUMNS[2:6] else "left", overflow="fold")
-    for one in found:
-        table.add_row(*(Text(inert(cell, newline="\n")) for cell in cells(one)))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(inert(cell, newline="\n")) for cell in row))
     return table
 
 
