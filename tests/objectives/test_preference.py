@@ -511,8 +511,9 @@ def test_statistics_take_the_dtype_of_the_scores_and_carry_no_graph() -> None:
 
 def test_a_pull_is_the_sum_of_slopes_times_statistics() -> None:
     pairs, row = case(3).pairs(), PREFERENCES["kto"]
-    slopes = row.slopes(pairs.detach())
+    slopes = row.slopes(pairs)
     assert slopes.chosen.heads.tolist() == [0] * 6, "kto reads no head sums"
+    assert not slopes.chosen.scores.requires_grad and torch.equal(slopes.chosen.scores, row.slopes(pairs.detach()).chosen.scores)
     total = (slopes.chosen.scores * pairs.chosen.scores + slopes.rejected.scores * pairs.rejected.scores).sum()
     torch.testing.assert_close(pull(pairs, slopes), total, rtol=0, atol=1e-12)
 
