@@ -419,6 +419,21 @@ def test_slopes_equal_the_gradient_of_rows_that_are_not_coupled_too() -> None:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+def test_slopes_leave_the_statistics_as_they_are_and_pull_adds_up_slope_times_statistic() -> None:
+    pairs = case(5).pairs().detach()
+    for name in ("dpo", "aot", "bco_pair"):
+        slopes = PREFERENCES[name].slopes(pairs)
+        assert not pairs.chosen.scores.requires_grad and not pairs.rejected.heads.requires_grad
+        sides = ((slopes.chosen, pairs.chosen), (slopes.rejected, pairs.rejected))
+        expected = sum(float((slope.scores * side.scores).sum()) for slope, side in sides)
+        assert pull(pairs, slopes).item() == pytest.approx(expected, abs=1e-12), "heads, which these rows do not read, add nothing"
+
+
+def test_statistics_take_the_precision_of_the_scores() -> None:
+    made = Answers.of(double(-1, -2), reference=torch.tensor([-1.5, -2.5]), lengths=torch.tensor([3, 4]))
+    assert made.reference.dtype == made.lengths.dtype == made.heads.dtype == torch.float64
+
+
 @pytest.mark.parametrize("name", ["kto", "bco_pair", "nca_pair", "apo_zero", "sppo_hard"])
 def test_labelled_answers(name: str) -> None:
     """Good and bad answers of different numbers: the mean over all of them, in any split."""
