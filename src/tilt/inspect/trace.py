@@ -160,8 +160,15 @@ def _credit(note: Notebook, row: Objective, batch: Batch) -> Experience:
 
 def _update(note: Notebook, row: Objective, outputs: Outputs, experience: Experience) -> None:
     """Ratios, the clip, the loss and its gradient."""
-    layout, signals = experience.layout, experience.signals
     note("logprobs", "log p_policy(token | tokens before it)", logprobs, "003:160", outputs.logprobs, "action")
+    _surrogate(note, row, outputs, experience, _ratio(note, row, outputs, experience))
+    _terms(note, row, outputs, experience)
+    _loss(note, row, outputs, experience)
+
+
+def _ratio(note: Notebook, row: Objective, outputs: Outputs, experience: Experience) -> Tensor:
+    """How far the policy has moved from old, [A]."""
+    layout, signals = experience.layout, experience.signals
     ratio = torch.ones_like(outputs.logprobs)
     if not isinstance(row.ratio, NoRatio):
         moved = outputs.logprobs - signals.old
@@ -188,6 +195,11 @@ def _update(note: Notebook, row: Objective, outputs: Outputs, experience: Experi
             ratio.clamp(1 - row.surrogate.low, 1 + row.surrogate.high),
             "action",
         )
+    return ratio
+
+
+def _surrogate(note: Notebook, row: Objective, outputs: Outputs, experience: Experience, ratio: Tensor) -> None:
+    """What is gained, and what the clip cuts."""
     gain = row.surrogate(ratio, outputs.logprobs, experience.advantages)
     note("surrogate", words(row.surrogate), row.surrogate, source_of(row.surrogate), gain, "action")
     low, high = row.clip_sides(outputs, experience)
@@ -200,6 +212,11 @@ def _update(note: Notebook, row: Objective, outputs: Outputs, experience: Experi
             high.to(gain) - low.to(gain),
             "action",
         )
+
+
+def _terms(note: Notebook, row: Objective, outputs: Outputs, experience: Experience) -> None:
+    """Penalty, corrections and the critic's loss."""
+    layout, signals = experience.layout, experience.signals
     if not isinstance(row.penalty, NoPenalty | TrustRegion):
         note(
             "penalty",
@@ -228,6 +245,10 @@ def _update(note: Notebook, row: Objective, outputs: Outputs, experience: Experi
             row.value(outputs.values, signals.values, experience.returns),
             "action",
         )
+
+
+def _loss(note: Notebook, row: Objective, outputs: Outputs, experience: Experience) -> None:
+    """The loss, its gradient, and the metrics of the step."""
     loss = row.loss(outputs, experience)
     for name, formula in (("loss/policy_avg", "-sum_t w_t (surrogate - penalty)_t"), ("loss/value_avg", "sum_t w_t value_t")):
         pairs = row.metrics(outputs, experience)

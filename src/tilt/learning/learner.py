@@ -23,7 +23,7 @@ from tilt.learning.natural import natural_step
 from tilt.learning.pretraining import Pretraining
 from tilt.learning.shares import placed, share_of
 from tilt.models.policy import Critic, Policy
-from tilt.objectives import Experience, NoPenalty, Objective, Outputs, Signals, TrustRegion
+from tilt.objectives import Experience, Metrics, NoPenalty, Objective, Outputs, Signals, TrustRegion
 from tilt.optim.optimizers import Optimizer, clip
 
 
@@ -62,6 +62,33 @@ class Report:
     def skipped(self) -> bool:
         """Whether nothing in the batch could move the weights."""
         return not bool(self.trained.any())
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What the micro-batches of an update add up to: metrics, channels, and the parts of what the objective measures over the whole batch."""
+
+    meter: Meter
+    channels: Channels
+    parts: list[list[Any]]
+
+    def add(
+        self, micro: Tensor, said: Outputs, share: Experience, objective: Objective, scale: float, loss: Tensor, weight: float
+    ) -> Metrics:
+        """One micro-batch of these sequences, its part of the loss, and its weight in the mean of the losses; its own metrics."""
+        metrics = objective.metrics(said, share)
+        self.meter.add(metrics | {"loss": (loss, torch.tensor(weight))})
+        for kept, measure in zip(self.parts, objective.measures, strict=True):
+            kept.append(measure.part(said, share))
+        self.channels.put(micro, said, share, objective, scale)
+        return metrics
+
+    def read(self, objective: Objective) -> dict[str, float]:
+        """Every metric of the update as a number."""
+        found = self.meter.read()
+        for kept, measure in zip(self.parts, objective.measures, strict=True):
+            found |= {name: float(value) for name, value in measure.update(kept).items()} if kept else {}
+        return found
 
 
 class NonFinite(NumericError):
@@ -158,52 +185,50 @@ class Learner:
         live = movable(experience, objective)
         other = self._remember(batch, live, objective)
         autocast = nullcontext if isinstance(objective.penalty, TrustRegion) else self.autocast
-        channels = Channels(experience.layout, batch.sampler.dtype, watch)
+        tally = Tally(Meter(), Channels(experience.layout, batch.sampler.dtype, watch), [list[Any]() for _ in objective.measures])
         fresh = settings.steps == 1 and not torch.isfinite(experience.signals.old).all()
-        meter, updates, note, parts = Meter(), 0, "", [list[Any]() for _ in objective.measures]
+        updates, note = 0, ""
         for part, scale in self._minibatches(live, step):
             if len(part) == 0:
                 self._pass_over(only_critic)
                 continue
             gaps = Gaps(objective, self.guards, first=self.version == 0)
             for micro in batch.split(settings.micro_tokens, part):
-                small, share = share_of(batch, micro).to(self.device), placed(share_of(experience, micro), self.device)
+                share = placed(share_of(experience, micro), self.device)
                 anchor = None if other is None else other.of(batch.layout.actions_of(micro), self.device)
+                small = share_of(batch, micro).to(self.device)
                 with autocast():
                     said = self._forward(small, objective, temperature, anchor)
                 if fresh:
                     share = replace(share, signals=replace(share.signals, old=said.logprobs.detach()))
-                loss = objective.loss(said, share) * scale
-                if not torch.isfinite(loss):
-                    raise NonFinite(_culprit(said, share, objective), small, share)
-                if watch and said.logprobs.requires_grad:
-                    said.logprobs.retain_grad()
-                loss.backward()
-                metrics = objective.metrics(said, share)
-                gaps.see(said, share, metrics)
-                meter.add(metrics)
-                for kept, measure in zip(parts, objective.measures, strict=True):
-                    kept.append(measure.part(said, share))
-                meter.add({"loss": (loss.detach() / scale, torch.tensor(len(micro) / int(live.sum())))})
-                channels.put(micro, said, share, objective, scale)
+                loss = self._backward(small, said, share, objective, scale)
+                gaps.see(said, share, tally.add(micro, said, share, objective, scale, loss, len(micro) / int(live.sum())))
             if updates == 0:
-                note = gaps.check(settings.max_gap, channels.values["first"], explain)
-                meter.add(gaps.metrics())
+                note = gaps.check(settings.max_gap, tally.channels.values["first"], explain)
+                tally.meter.add(gaps.metrics())
             if self.pretraining is not None and not only_critic:
-                meter.add({"pretrain/nll": (self._pretrain(self.pretraining), torch.ones(()))})
+                tally.meter.add({"pretrain/nll": (self._pretrain(self.pretraining), torch.ones(()))})
             move = self.optimizer.step
             if isinstance(objective.penalty, TrustRegion):
-                signals = replace(experience.signals, old=channels.values["first"]) if fresh else experience.signals
-                move = partial(self._natural, meter, batch, replace(experience, signals=signals), objective, part, temperature)
-            self._step(meter, small, only_critic, move)
+                signals = replace(experience.signals, old=tally.channels.values["first"]) if fresh else experience.signals
+                move = partial(self._natural, tally.meter, batch, replace(experience, signals=signals), objective, part, temperature)
+            self._step(tally.meter, small, only_critic, move)
             updates += 1
         self.version += updates > 0
-        found = meter.read() | lr | {"skipped": float(updates == 0), "sequences/trained": float(live.sum())}
-        for kept, measure in zip(parts, objective.measures, strict=True):
-            found |= {name: float(value) for name, value in measure.update(kept).items()} if kept else {}
+        found = tally.read(objective) | lr | {"skipped": float(updates == 0), "sequences/trained": float(live.sum())}
         if other is not None and objective.against == "old":
             found |= {"policy/kl_old": self._distance(batch, live, experience, other, temperature)}
-        return Report(found, channels.values, live, note)
+        return Report(found, tally.channels.values, live, note)
+
+    def _backward(self, small: Pack, said: Outputs, share: Experience, objective: Objective, scale: float) -> Tensor:
+        """Add the gradient of a micro-batch; its part of the loss, detached."""
+        loss = objective.loss(said, share) * scale
+        if not torch.isfinite(loss):
+            raise NonFinite(_culprit(said, share, objective), small, share)
+        if said.logprobs.requires_grad:
+            said.logprobs.retain_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach() / scale
 
     def _check(self, objective: Objective) -> None:
         """Refuse what a natural step cannot be combined with."""
