@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from tilt.data.formats import read
-from tilt.data.rollouts import Prompt
+from tilt.data.rollouts import Prompt, Rollout, Sampling
 from tilt.errors import DataError
 from tilt.objectives import Rewards
-from tilt.recipes import ranking, rlhf
+from tilt.recipes import process_reward, ranking, rlhf, sft
 from tilt.rewards.text import Text
+from tilt.tasks import chains
 
 FIXED = {"model": "m", "data": "d", "reward": {"length": 3}, "samples": 3}
 
@@ -93,9 +94,72 @@ def test_a_pipeline_with_ranked_answers_can_be_planned(pairs: Path, shared):
     assert any("── rank" in line for line in lines) and any("answers    4 to each of 48 prompts" in line for line in lines)
 
 
+TRUTH = f"{chains.__file__}:truth"
+STEPS = FIXED | {"reward": {"process": TRUTH}, "rows": "steps"}
+
+
+def answer(text: str, stop: str = "stop") -> Rollout:
+    """One token a character, and the end token where it ended by itself."""
+    n = len(text) + (stop == "stop")
+    return Rollout(Prompt((1,), 0, {"prompt": "ask"}), (2,) * n, (True,) * n, (-1.0,) * n, stop, Sampling())  # type: ignore[arg-type]
+
+
+def labelled(answers: list[tuple[str, str, list[float | None]]]) -> list[ranking.Labelled]:
+    rollouts, steps, ends = [answer(text, stop) for text, stop, _ in answers], [], []
+    for rollout, (text, _, labels) in zip(rollouts, answers, strict=True):
+        last = [i for i, letter in enumerate(text) if letter == ";"] + [len(rollout.tokens) - 1]
+        own = dict(zip(last, labels, strict=True))
+        steps += [own.get(i) or 0.0 for i in range(len(rollout.tokens))]
+        ends += [own.get(i) is not None for i in range(len(rollout.tokens))]
+    texts = [Text("rendered", text) for text, _, _ in answers]
+    rewards = Rewards.of(torch.zeros(len(answers)), torch.tensor(steps), ends=torch.tensor(ends))
+    return list(ranking.labelled(ranking.Config.model_validate(STEPS), rollouts, texts, rewards, ";", "m@0"))
+
+
+def test_every_answer_is_written_with_what_the_judge_says_of_its_steps():
+    found = labelled([("ab;c", "stop", [1.0, 0.0]), ("d", "stop", [0.25]), ("e;f;g", "length", [0.0, 1.0, 1.0]), ("h", "length", [1.0])])
+    assert found == [
+        ranking.Labelled("ask", ["ab", "c"], [1.0, 0.0], 0, "m@0"),
+        ranking.Labelled("ask", ["d"], [0.25], 1, "m@0"),
+        ranking.Labelled("ask", ["e", "f"], [0.0, 1.0], 2, "m@0"),  # what was cut is no step
+    ]
+
+
+def test_an_answer_with_a_step_that_could_not_be_judged_is_left_out():
+    assert [found.steps for found in labelled([("a;b", "stop", [1.0, None]), ("c;d", "stop", [0.0, 0.0])])] == [["c", "d"]]
+    with pytest.raises(DataError, match="0 to 1"):
+        labelled([("a", "stop", [1.5])])
+
+
+def test_labelled_steps_are_what_a_process_reward_model_learns_from(shared, tmp_path):
+    chains.write(tmp_path / "chains", chains.Chains(count=40))
+    given = {"source": str(tmp_path / "chains" / "demonstrations.jsonl"), "template": "text"}
+    small = {"width": 16, "layers": 1, "heads": 2, "context": 64, "tokenizer": str(tmp_path / "chains" / "tokenizer")}
+    start = sft.run(sft.Config.model_validate(shared | {"model": small, "data": given, "steps": 3, "batch": 8})).checkpoint
+    settings = {"model": str(start), "data": given | {"source": str(tmp_path / "chains" / "prompts.jsonl")}, "sampling": {"max_tokens": 40}}
+    made = ranking.run(ranking.Config.model_validate(shared | settings | {"rows": "steps", "reward": {"process": TRUTH}}))
+    rows = [json.loads(line) for line in (made.directory / "steps.jsonl").read_text().splitlines()]
+    assert len(rows) == made.after["answers"] == json.loads((made.directory / "provenance.json").read_text())["answers"]
+    assert all(row["labels"] == chains.right(row["prompt"], row["steps"]) for row in rows)
+    again = shared | {"model": str(start), "data": given | {"source": str(made.directory / "steps.jsonl")}, "steps": 1, "batch": 8}
+    process_reward.run(process_reward.Config.model_validate(again))
+
+
 @pytest.mark.parametrize(
     "given, message", [({"samples": 1}, "samples"), ({"reward": {"lenth": 3}}, "lenth"), ({"gap": -1.0}, "gap"), ({"lora": {}}, "lora")]
 )
 def test_bad_input(given, message):
     with pytest.raises(ValueError, match=message):
         ranking.Config.model_validate(FIXED | given)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"pairs": "all"}, "pairs: without effect"), ({"gap": 0.5}, "gap: without effect"), ({"reward": {"length": 3}}, "one judge of steps"),
+        ({"reward": [{"process": TRUTH}, {"length": 3}]}, "one judge of steps"), ({"reward": {"process": TRUTH, "weight": 2.0}}, "of weight 1"),
+    ],
+)  # fmt: skip
+def test_labelled_steps_need_a_judge_of_steps_and_make_no_pairs(given, message):
+    with pytest.raises(ValueError, match=message):
+        ranking.Config.model_validate(STEPS | given)

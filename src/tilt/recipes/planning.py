@@ -132,11 +132,12 @@ def ranked_answers(config: ranking.Config) -> list[str]:
     policy = opening.policy_of(found.lm, found.device)
     prompts = found.render.prompts([*found.rows.train, *found.rows.held_out])
     rehearsed = [] if config.reward is None else [_rehearsed(config, found, prompts)]
+    kept = "steps are labelled" if config.rows == "steps" else f"{config.pairs} of each become pairs"
     return [
         *_opening(config, "rank", found, policy),
         *rehearsed,
         *_shown([_asked(p, found.tokenizer) for p in prompts[:2]]),
-        f"answers    {config.samples} to each of {len(prompts):,} prompts, of at most {config.sampling.max_tokens} tokens; {config.pairs} of each become pairs",
+        f"answers    {config.samples} to each of {len(prompts):,} prompts, of at most {config.sampling.max_tokens} tokens; {kept}",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Preference data from a model's own answers: several to each prompt, ranked by a reward, with the record of where each pair comes from."""
+"""Data from a model's own answers, several to each prompt: pairs ranked by a reward, or labelled steps, with the record of where they come from."""
 
 from __future__ import annotations
 
@@ -8,28 +8,36 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tilt.data.rollouts import Prompt
+from tilt.data.rollouts import Prompt, Rollout
 from tilt.errors import DataError
 from tilt.models.saving import fingerprint
 from tilt.objectives import Rewards
 from tilt.recipes import opening, planning
 from tilt.recipes.finishing import Result
 from tilt.recipes.rehearsal import rehearse
-from tilt.recipes.scoring import scoring
+from tilt.recipes.scoring import Scoring, scoring
 from tilt.recipes.settings import Data, Reward, Run, Sampling
 from tilt.recipes.trying import sampling_of
+from tilt.rewards.process import ProcessReward
 from tilt.rewards.score import earned_by
-from tilt.rewards.text import Text
+from tilt.rewards.spec import Process, parse
+from tilt.rewards.text import Text, inert
 from tilt.runs.files import atomic_write
 from tilt.sampling.sampler import Sampler
 
-IMPORTANT = ("pairs", "ties", "gap", "time/step")
+IMPORTANT = ("pairs", "ties", "gap", "answers", "right", "time/step")
+
+NAMES = {"pairs": "pairs", "steps": "answers"}
+NOTHING = {
+    "pairs": "no prompt has two answers of different rewards: raise samples or sampling.temperature, or look at the reward",
+    "steps": "no answer has a whole step that the reward judges: raise sampling.max_tokens, or look at the reward",
+}
 
 
 class Config(Run):
-    """Answers of a model to every prompt, ranked by a reward: what a reward model or DPO learns from."""
+    """Answers of a model to every prompt, ranked by a reward: what a reward model or DPO learns from; or their steps labelled, for a process reward model."""
 
     model: Annotated[str, Field(description="whose answers are ranked: a checkpoint's folder or a hub name")]
     data: Data
@@ -37,11 +45,26 @@ class Config(Run):
     reward: Annotated[Reward, Field(description="what ranks them: file.py:function, a rule, a reward model, or a weighted list of them")]
     samples: Annotated[int, Field(ge=2, description="answers to each prompt")] = 4
     prompts: Annotated[int, Field(ge=1, description="prompts at a time")] = 64
+    rows: Annotated[
+        Literal["pairs", "steps"],
+        Field(description="pairs of answers; or every answer with what a `process` reward says of each step, 0 to 1, as its label"),
+    ] = "pairs"
     pairs: Annotated[
         Literal["extremes", "all"], Field(description="the best answer of a prompt against the worst, or every two of different rewards")
     ] = "extremes"
     gap: Annotated[float, Field(ge=0.0, description="rewards of a pair must differ by more than this")] = 0.0
     sampling: Sampling = Sampling()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.rows == "pairs":
+            return self
+        if idle := [key for key in ("pairs", "gap") if key in self.model_fields_set]:
+            raise ValueError(f"{', '.join(idle)}: without effect, rows steps makes no pairs; leave it out")
+        specs = [] if self.reward is None else parse(self.reward)
+        if self.reward is not None and not (len(specs) == 1 and isinstance(specs[0].source, Process) and specs[0].weight == 1):
+            raise ValueError("rows steps needs one judge of steps, of weight 1: reward: {process: file.py:function} or {process: MODEL}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -58,8 +81,19 @@ class Ranked:
     sampled_from: str
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """An answer in steps in the words of its file: what the judge says of each, from 0 to 1, and which sample it is."""
+
+    prompt: Any
+    steps: list[str]
+    labels: list[float]
+    sample: int
+    sampled_from: str
+
+
 def run(config: Config) -> Result:
-    """Sample, rank, and write `pairs.jsonl` with `provenance.json` beside it."""
+    """Sample, judge, and write `pairs.jsonl` or `steps.jsonl` with `provenance.json` beside it."""
     device = opening.settle(config)
     rows = opening.rows(config.data, "prompt")
     lm, tokenizer, name = opening.language_model(config.model, config.tokenizer, tuple, config.seed)
@@ -72,7 +106,7 @@ def run(config: Config) -> Result:
     rehearse(judged, sampler, prompts)
     parts = [prompts[i : i + config.prompts] for i in range(0, len(prompts), config.prompts)]
     directory, journal = opening.directory(config, "ranking", name, len(parts), IMPORTANT, label="rank")
-    made: list[Ranked] = []
+    made: list[Ranked | Labelled] = []
     with journal:
         journal.header(
             [f"run        {directory.path}", opening.headline(name, policy, device, config), *rows.notes, f"           {render.summary()}"]
@@ -80,27 +114,63 @@ def run(config: Config) -> Result:
         for step, part in enumerate(parts):
             rollouts = sampler.sample(part, config.samples, step=step, stream="rank")
             texts, rewards = judged.judge(rollouts)
-            rewards = replace(rewards, total=earned_by(rollouts, rewards))
-            found = [
-                pair for i, prompt in enumerate(part) for pair in ranked(config, prompt, i, texts, rewards, f"{config.model}@{mark[:12]}")
-            ]
+            found, measures = _made(config, part, rollouts, texts, rewards, judged, f"{config.model}@{mark[:12]}")
             made += found
-            gaps = [pair.chosen_score - pair.rejected_score for pair in found]
-            flat = len(part) - len({json.dumps(pair.prompt, ensure_ascii=False) for pair in found})
-            journal.step(step, {"pairs": len(found), "ties": flat} | ({"gap": sum(gaps) / len(gaps)} if gaps else {}))
+            journal.step(step, measures)
         judged.close()
         if not made:
-            raise DataError("no prompt has two answers of different rewards: raise samples or sampling.temperature, or look at the reward")
-        atomic_write(directory / "pairs.jsonl", "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in made))
+            raise DataError(NOTHING[config.rows])
+        atomic_write(directory / f"{config.rows}.jsonl", "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in made))
         plain = opening.recorded(config)[0]
         assert isinstance(plain, Config)
         record = {
             "model": config.model, "sha256": mark, "seed": config.seed, "samples": config.samples, "sampling": asdict(sampling),
-            "reward": plain.reward, "prompts": len(prompts), "pairs": len(made),
+            "reward": plain.reward, "prompts": len(prompts), NAMES[config.rows]: len(made),
         }  # fmt: skip
         atomic_write(directory / "provenance.json", json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
-        journal.note(f"pairs      {len(made)} from {len(prompts)} prompts: {directory / 'pairs.jsonl'}")
-    return Result(directory, directory.path, {}, {"pairs": float(len(made))})
+        journal.note(f"{NAMES[config.rows]:<10} {len(made)} from {len(prompts)} prompts: {directory / f'{config.rows}.jsonl'}")
+    return Result(directory, directory.path, {}, {NAMES[config.rows]: float(len(made))})
+
+
+def _made(
+    config: Config, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[Text], rewards: Rewards, judged: Scoring, source: str
+) -> tuple[list[Ranked | Labelled], dict[str, float]]:  # fmt: skip
+    """The rows that a batch of answers makes, and their measures."""
+    if config.rows == "steps":
+        judge = judged.score.parts[0].call
+        assert isinstance(judge, ProcessReward)
+        answers = list(labelled(config, rollouts, texts, rewards, judge.separator, source))
+        labels = [label for answer in answers for label in answer.labels]
+        return [*answers], {"answers": len(answers)} | ({"right": sum(labels) / len(labels)} if labels else {})
+    rewards = replace(rewards, total=earned_by(rollouts, rewards))
+    found = [pair for i, prompt in enumerate(prompts) for pair in ranked(config, prompt, i, texts, rewards, source)]
+    gaps = [pair.chosen_score - pair.rejected_score for pair in found]
+    flat = len(prompts) - len({json.dumps(pair.prompt, ensure_ascii=False) for pair in found})
+    return [*found], {"pairs": len(found), "ties": flat} | ({"gap": sum(gaps) / len(gaps)} if gaps else {})
+
+
+def asked(prompt: Prompt, text: Text) -> Any:
+    """A prompt as its data had it: turns, or text."""
+    return prompt.columns.get("prompt_turns", prompt.columns.get("prompt", text.prompt))
+
+
+def labelled(
+    config: Config, rollouts: Sequence[Rollout], texts: Sequence[Text], rewards: Rewards, separator: str, source: str
+) -> Iterator[Labelled]:
+    """Answers with the judge's word on each step. The last step of an answer that was cut is left out, and an answer with a step that could not be judged."""
+    start = 0
+    for number, (rollout, text) in enumerate(zip(rollouts, texts, strict=True)):
+        own = slice(start, start + sum(rollout.sampled))
+        start = own.stop
+        labels = [round(label, 6) for label in rewards.steps[own][rewards.ends[own]].tolist()]
+        steps = [step for step in text.completion.split(separator) if step.strip()]
+        if not all(0 <= label <= 1 for label in labels):
+            raise DataError(
+                f"the judge says {labels} of the steps of {inert(text.completion)}: a label is the chance that a step is right, 0 to 1"
+            )
+        whole = len(steps) - (rollout.stop == "length")
+        if whole > 0 and len(labels) == len(steps):
+            yield Labelled(asked(rollout.prompt, text), steps[:whole], labels[:whole], number % config.samples, source)
 
 
 def ranked(config: Config, prompt: Prompt, number: int, texts: Sequence[Text], rewards: Rewards, source: str) -> Iterator[Ranked]:
@@ -111,9 +181,8 @@ def ranked(config: Config, prompt: Prompt, number: int, texts: Sequence[Text], r
     for better, worse in every:
         high, low = float(rewards.total[better]), float(rewards.total[worse])
         if high - low > config.gap and texts[better].completion != texts[worse].completion:
-            asked = prompt.columns.get("prompt_turns", prompt.columns.get("prompt", texts[better].prompt))
             samples = better - own.start, worse - own.start
-            yield Ranked(asked, texts[better].completion, texts[worse].completion, high, low, *samples, source)
+            yield Ranked(asked(prompt, texts[better]), texts[better].completion, texts[worse].completion, high, low, *samples, source)
 
 
 def plan(config: Config) -> list[str]:

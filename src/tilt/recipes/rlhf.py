@@ -76,6 +76,14 @@ class Config(Run):
             made[stage] = {"model": PENDING, **extra, **own, "data": {**base, **half, **rows} if isinstance(rows, Mapping) else rows}
         return made
 
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.rank is not None and self.rank.rows != "pairs":
+            raise ValueError(
+                f"rank.rows {self.rank.rows}: the reward model learns from pairs; leave it out, and label steps with `tilt rank`"
+            )
+        return self
+
 
 def run(config: Config) -> Result:
     """Every stage in `<run>/<stage>/`, each an ordinary run with a config.yaml that reruns it alone, and one report table."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from tilt.data.tokenizers import characters
 from tilt.tasks.arithmetic import share
 
 NAMES = "abcdefgh"
@@ -95,6 +99,26 @@ def accuracy(prompt: str, completion: str) -> float:
     return sum(labels) / max(len(labels), len(read(prompt)[1]))
 
 
+def truth(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
+    """Whether the last step of each beginning of an answer is right, 1 or 0: a judge of steps."""
+    return [float(right(prompt, completion.split(SEPARATOR))[-1]) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
 def step_accuracy(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """`accuracy` of each answer, as a reward."""
     return [accuracy(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def write(folder: Path, task: Chains) -> None:
+    """The task as files: `demonstrations`, `labelled` and `prompts`, each as NAME.jsonl and NAME_held_out.jsonl, and its tokenizer in `tokenizer`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    characters(ALPHABET).save_pretrained(folder / "tokenizer")
+    for held_out, ending in ((False, ""), (True, "_held_out")):
+        prompts = [{"prompt": prompt} for prompt in task.prompts(held_out=held_out)]
+        made = {"demonstrations": task.demonstrations(held_out=held_out), "labelled": task.labelled(held_out=held_out), "prompts": prompts}
+        for name, rows in made.items():
+            (folder / f"{name}{ending}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), Chains())
