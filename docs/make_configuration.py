@@ -13,13 +13,13 @@ MARK = "<!-- below: written by docs/make_configuration.py -->\n"
 def tables() -> str:
     """One table for what all training recipes share, then one for each recipe with what is its own."""
     found = {command: settings(command) for command in RECIPES}
-    trainers = [command for command in RECIPES if command not in ("rank", "rlhf", "quickstart")]
+    trainers = [command for command in RECIPES if command not in ("rank", "label", "rlhf", "quickstart")]
     shared = [row for row in found["sft"] if all(row in found[command] for command in trainers)]
     parts = ["## Settings of every training recipe (`pretrain sft rm prm dpo rl`)\n", table(shared)]
     for command, rows in found.items():
         note = "" if command in trainers else " The settings of a run, `data` and `model` mean what they mean above."
-        common = {row[0] for row in shared}
-        own = [row for row in rows if (row not in shared if command in trainers else row[0] not in common)]
+        common = {row[:2] for row in shared}
+        own = [row for row in rows if (row not in shared if command in trainers else row[:2] not in common)]
         parts += [f"## `tilt {command}`\n", *([note.strip() + "\n"] if note else []), table(own)]
     return "\n".join(parts)
 

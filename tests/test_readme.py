@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {
     name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    for name in ("data", "configuration", "runs", "algorithms", "parity", "audit")
+    for name in ("data", "configuration", "runs", "algorithms", "parity", "audit", "rlaif")
 }
 
 
@@ -123,6 +123,16 @@ def test_the_configuration_and_the_rewards_of_the_readme_are_accepted(tmp_path: 
 
 
 # ------------------------------------------------------------------------------------------------ docs
+
+
+def test_the_judges_of_the_page_are_accepted() -> None:
+    from tilt.recipes import labelling
+
+    label, reward = (yaml.safe_load(block) for block in blocks(DOCS["rlaif"], "yaml"))
+    assert label.pop("recipe") == "label" and labelling.Config.model_validate(label).judge.verdicts == ("1", "2")
+    assert parse(reward["reward"])[0].name == "judge"
+    shown = blocks(DOCS["rlaif"], "")[0].splitlines()
+    assert [line.split()[:2] for line in shown] == [["tilt", "label"]] * 3 + [["tilt", "rm"]]
 
 
 def test_the_settings_are_in_step() -> None:

@@ -358,4 +358,4 @@ def test_data_get_names_the_sets(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_recipe_command_has_a_module_name() -> None:
-    assert set(recipes.RECIPES) == {"quickstart", "pretrain", "sft", "rm", "prm", "dpo", "rl", "rank", "rlhf"}
+    assert set(recipes.RECIPES) == {"quickstart", "pretrain", "sft", "rm", "prm", "dpo", "rl", "rank", "label", "rlhf"}

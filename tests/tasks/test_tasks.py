@@ -52,6 +52,16 @@ def test_pairs_hold_the_better_answer_first() -> None:
         assert merit(row["prompt"], row["chosen"]) > merit(row["prompt"], row["rejected"])
 
 
+@pytest.mark.parametrize("first", [0.0, 0.5, 0.8])
+def test_verdicts_name_the_better_answer_wherever_it_stands(first: float) -> None:
+    rows = Manners().verdicts("{prompt}|{first}|{second}", held_out=True, each=10, first=first, says=("A", "B"))
+    for row in rows:
+        prompt, one, other = row["prompt"].split("|")
+        assert (merit(prompt, one) > merit(prompt, other)) == (row["completion"] == "A") and merit(prompt, one) != merit(prompt, other)
+    share = sum(row["completion"] == "A" for row in rows) / len(rows)
+    assert abs(share - first) <= 4 * (first * (1 - first) / len(rows)) ** 0.5 and len(rows) == 10 * len(Manners().prompts(held_out=True))
+
+
 def test_answers_depend_on_prompt_and_seed_alone() -> None:
     task, prompt = Manners(), "please wash the red cup"
     assert list(islice(task.answers(prompt, 3), 5)) == list(islice(task.answers(prompt, 3), 5))

@@ -71,6 +71,7 @@ _recipe("prm", "a process reward model from answers whose steps are labelled")
 _recipe("dpo", "preference optimisation without a reward model: DPO and its family")
 _recipe("rl", "reinforcement learning with any algorithm of the table, or one of your own")
 _recipe("rank", "preference data from a model's own answers, ranked by a reward")
+_recipe("label", "preference data labelled by a judge, both ways round: pairs of the data, or of a model's own answers")
 _recipe("rlhf", "SFT → reward model → RL in one directory")
 
 

@@ -15,8 +15,8 @@ from tilt.errors import UsageError
 from tilt.runs.text import inert
 
 RECIPES = {
-    "pretrain": "pretrain", "sft": "sft", "rm": "reward_model", "prm": "process_reward", "dpo": "dpo", "rl": "rl", "rank": "ranking", "rlhf": "rlhf",
-    "quickstart": "quickstart",
+    "pretrain": "pretrain", "sft": "sft", "rm": "reward_model", "prm": "process_reward", "dpo": "dpo", "rl": "rl", "rank": "ranking",
+    "label": "labelling", "rlhf": "rlhf", "quickstart": "quickstart",
 }  # fmt: skip
 """Command → module in tilt.recipes."""
 
@@ -187,4 +187,4 @@ def _accepted(info: Any) -> str:
 def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return str(list(value)) if isinstance(value, tuple) else str(value) if str(value) else "''"
+    return str(list(value)) if isinstance(value, tuple) else str(value).replace("\n", "\\n") if str(value) else "''"

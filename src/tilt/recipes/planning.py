@@ -36,7 +36,7 @@ from tilt.runs.text import duration, inert, middle, number
 from tilt.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
-    from tilt.recipes import dpo, pretrain, process_reward, ranking, reward_model, rl_settings, sft
+    from tilt.recipes import dpo, labelling, pretrain, process_reward, ranking, reward_model, rl_settings, sft
 
 SHOWN = 1200  # terminal cells of an example
 FORWARD = 1 / 3  # of the time of a forward and a backward pass
@@ -138,6 +138,18 @@ def ranked_answers(config: ranking.Config) -> list[str]:
         *rehearsed,
         *_shown([_asked(p, found.tokenizer) for p in prompts[:2]]),
         f"answers    {config.samples} to each of {len(prompts):,} prompts, of at most {config.sampling.max_tokens} tokens; {kept}",
+    ]
+
+
+def labels(config: labelling.Config, judge: str, answers: labelling.Answers, shown: str, chance: float, how: str) -> list[str]:
+    """The plan of labelling by a judge: what it is asked about the first pair, and what it says of it."""
+    return [
+        f"run        {_place(config, 'label', judge)}",
+        *answers.notes,
+        f"judge      {judge}, {how}; of the example it says that the first answer is better with probability {number(chance)}",
+        *_shown([f"a pair{' of short answers of the model' if config.model is not None else ''}, as the judge reads it\n{shown}"]),
+        f"labels     {answers.batches} batches of {config.prompts} {'prompts' if config.model is not None else 'pairs'}"
+        + (f", {config.samples} answers of at most {config.sampling.max_tokens} tokens to each" if config.model is not None else ""),
     ]
 
 

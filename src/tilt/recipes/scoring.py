@@ -13,14 +13,16 @@ from torch import nn
 from tilt.data.rendering import renderer
 from tilt.data.rollouts import Rollout
 from tilt.data.steps import SEPARATOR, check_separator, decoder
+from tilt.data.wording import Wording
 from tilt.errors import UsageError
-from tilt.models.loading import load_process_model, load_reward_model
-from tilt.models.policy import RewardModel
+from tilt.models.loading import load, load_process_model, load_reward_model
+from tilt.models.policy import Policy, RewardModel
 from tilt.objectives import Rewards
+from tilt.rewards.judge import Choices, Grade, tokens_of
 from tilt.rewards.model import ModelReward, Rerendered, own_tokens, same_tokenizer
 from tilt.rewards.process import ProcessReward, StepFunction, StepModel
 from tilt.rewards.score import Scorer, build
-from tilt.rewards.spec import Model, Process, RewardSpec, function_of, is_function
+from tilt.rewards.spec import Judge, Model, Process, RewardSpec, function_of, is_function
 from tilt.rewards.text import Text, read
 
 Read = Callable[[Sequence[Rollout]], list[Text]]
@@ -72,11 +74,15 @@ def scoring(reward: Any, tokenizer: Any, device: torch.device, *, missing_stop_p
     found: list[tuple[RewardModel, bool]] = []
     others: list[tuple[str, nn.Module]] = []
 
-    def load(spec: RewardSpec) -> ModelReward | ProcessReward:
+    def loaded(spec: RewardSpec) -> ModelReward | ProcessReward | Grade:
         if isinstance(spec.source, Process):
             reward, modules = steps_reward(spec, spec.source, tokenizer, device)
             others.extend(modules)
             return reward
+        if isinstance(spec.source, Judge):
+            grade = grades(spec, spec.source, device)
+            others.append((f"judge {spec.name}", grade.choices.policy))
+            return grade
         assert isinstance(spec.source, Model)
         model, words = load_reward_model(spec.source.path, device=device)
         shared = same_tokenizer(words, tokenizer)
@@ -85,7 +91,7 @@ def scoring(reward: Any, tokenizer: Any, device: torch.device, *, missing_stop_p
         return ModelReward(spec.name, model, how, spec.source.budget)
 
     bounds = (-math.inf, math.inf) if clip is None else (-clip, clip)
-    score = build(reward, load_model=load, missing_eos_penalty=missing_stop_penalty, clip=bounds)
+    score = build(reward, load_model=loaded, missing_eos_penalty=missing_stop_penalty, clip=bounds)
     return Scoring(score, reader(tokenizer), tuple(found), tuple(others))
 
 
@@ -113,3 +119,21 @@ def steps_reward(
     how = own_tokens if same_tokenizer(words, tokenizer) else Rerendered(renderer(words, "auto"))
     judge = StepModel(spec.name, model, separator, decoder(words), how, source.budget)
     return ProcessReward(separator, decoder(tokenizer), judge), [(f"process reward model {spec.name}", model)]
+
+
+def grades(spec: RewardSpec, source: Judge, device: torch.device) -> Grade:
+    """The part of the reward that is a judge's expected grade."""
+    policy, words = judge_model(source.model, device)
+    said = tokens_of([str(i) for i in range(1, source.scores + 1)], words, f"{spec.name}.scores")
+    return Grade(spec.name, Choices(policy, said, source.budget), wording(words, source.template, source.rendering))
+
+
+def judge_model(path: str, device: torch.device) -> tuple[Policy, Any]:
+    """A causal LM that is asked, frozen, and its tokenizer."""
+    lm, words = load(path, device=device)
+    return Policy(lm).requires_grad_(False).eval(), words
+
+
+def wording(tokenizer: Any, template: str, rendering: str) -> Wording:
+    """A judge's template: a user turn where the tokenizer has a chat template, unless it is to stand as text."""
+    return Wording(tokenizer, template, rendering == "auto" and bool(tokenizer.chat_template))

@@ -19,7 +19,7 @@ from tilt.errors import DataError, UsageError
 from tilt.objectives.credit import earned
 from tilt.objectives.experience import Rewards
 from tilt.rewards.functions import RewardFunction, Scored
-from tilt.rewards.spec import LoadModel, Model, Process, RewardSpec, function_of, parse
+from tilt.rewards.spec import Judge, LoadModel, Model, Process, RewardSpec, function_of, parse
 from tilt.rewards.text import Text
 from tilt.segments import Layout
 
@@ -231,7 +231,7 @@ def build(
     """The scorer that a configuration's `reward:` asks for; files are relative to `base`, reward models come from `load_model`."""
     parts = [
         Part(
-            spec.name, spec.weight, load_model(spec) if isinstance(spec.source, Model | Process) else Called(function_of(spec, base)),
+            spec.name, spec.weight, load_model(spec) if isinstance(spec.source, Model | Process | Judge) else Called(function_of(spec, base)),
             Running() if spec.normalise else None,
         )
         for spec in parse(reward)

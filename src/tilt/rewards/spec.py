@@ -7,13 +7,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tilt.config import build_piece, hint
+from tilt.data.wording import check_template
 from tilt.errors import UsageError
 from tilt.rewards.functions import ON_ERROR, OnError, RewardFunction, Scored, load_function, locate
 from tilt.rewards.isolate import Isolated
 from tilt.rewards.rules import RULES, Rule
+
+GRADING = "Request: {prompt}\n\nAnswer: {answer}\n\nHow good is the answer to the request, from 1 (useless) to 10 (perfect)? Reply with the number alone.\n"
+"""What a judge is asked about one answer, unless it is said otherwise; its grades end at 10."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,31 @@ class Process:
     budget: int = 16384
 
 
-Source = Rule | Function | Given | Model | Process
-KINDS: Mapping[str, type] = {**RULES, "function": Function, "model": Model, "process": Process}
+@dataclass(frozen=True)
+class Judge:
+    """A language model that grades answers from 1 to `scores`: a folder, or a hub name. The template holds {prompt} and {answer}; `rendering` auto makes it a user turn
+    where the judge's tokenizer has a chat template, text leaves it as it stands."""
+
+    model: str
+    template: str = GRADING
+    scores: int = 10
+    rendering: Literal["auto", "text"] = "auto"
+    budget: int = 16384
+
+    def __post_init__(self) -> None:
+        check_template(self.template, ("prompt", "answer"), "reward.judge.template")
+        if self.scores < 2:
+            raise UsageError(f"`reward.judge.scores` is {self.scores}: a judge needs at least 2 grades to tell answers apart")
+        if self.scores != type(self).scores and self.template == GRADING:
+            raise UsageError(
+                f"`reward.judge.scores` is {self.scores}, and the template that is asked by itself names 10 grades: give a template"
+            )
+        if is_function(self.model):
+            raise UsageError(f"`reward.judge.model` is {self.model}, a function: it needs no judge; give it as the reward itself")
+
+
+Source = Rule | Function | Given | Model | Process | Judge
+KINDS: Mapping[str, type] = {**RULES, "function": Function, "model": Model, "process": Process, "judge": Judge}
 COMMON: Mapping[str, str] = {
     "weight": "a finite number",
     "name": "text",
@@ -129,6 +156,8 @@ def _entry(value: Any, where: str) -> RewardSpec:
     spec = RewardSpec(source=source, **_common({**inner, **outer}, _name(source), where))
     if isinstance(source, Process) and spec.normalise:
         raise UsageError(f"`{where}.normalise` is about scores of whole answers, and process judges steps: leave it out")
+    if isinstance(source, Judge) and (idle := [key for key in ("timeout", "on_error") if key in {**inner, **outer}]):
+        raise UsageError(f"`{where}.{idle[0]}` is about functions, and judge is a model: leave it out")
     return spec
 
 
@@ -157,8 +186,8 @@ def _name(source: Source) -> str:
         return source.file.rpartition(":")[2]
     if isinstance(source, Given):
         return getattr(source.call, "__name__", type(source.call).__name__)
-    if isinstance(source, Model | Process):
-        return "model" if isinstance(source, Model) else "process"
+    if isinstance(source, Model | Process | Judge):
+        return type(source).__name__.lower()
     return source.name
 
 
@@ -181,7 +210,7 @@ def function_of(spec: RewardSpec, base: Path = Path()) -> RewardFunction:
     source = spec.source
     if isinstance(source, Process):
         source = Function(source.path)
-    assert not isinstance(source, Model), "a reward model is loaded by the recipe"
+    assert not isinstance(source, Model | Judge), "models are loaded by the recipe"
     if isinstance(source, Given):
         return RewardFunction(spec.name, source.call, spec.timeout, spec.on_error)
     if not isinstance(source, Function):

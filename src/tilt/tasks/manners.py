@@ -67,6 +67,19 @@ class Manners:
                     found += 1
         return rows
 
+    def verdicts(
+        self, template: str, *, held_out: bool, each: int = 8, first: float = 0.5, seed: int = 3, says: tuple[str, str] = ("1", "2")
+    ) -> list[dict[str, Any]]:
+        """Demonstrations for a judge: `each` pairs of different merits a prompt in the template's places, answered by which is better. The better answer stands
+        first in a share `first` of them: away from a half, a judge that learns this is biased for a place."""
+        rng, rows = random.Random(seed), []
+        for pair in self.pairs(held_out=held_out, each=each, seed=seed):
+            sides = [pair["chosen"].strip(), pair["rejected"].strip()]
+            swapped = rng.random() >= first
+            asked = template.format(prompt=pair["prompt"], first=sides[swapped], second=sides[not swapped])
+            rows.append({"prompt": asked, "completion": says[swapped]})
+        return rows
+
 
 def merit(prompt: str, answer: str) -> float:
     """The truth: kindness of the words used, three points for each detail of the request that is repeated in order, minus one for each word too many or too few."""
