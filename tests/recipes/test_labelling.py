@@ -17,7 +17,7 @@ from tilt.data.rendering import renderer
 from tilt.errors import DataError
 from tilt.models.loading import load
 from tilt.models.policy import Policy
-from tilt.recipes import labelling
+from tilt.recipes import labelling, rlhf
 from tilt.recipes.labelling import Config, Labelled, Pair
 from tilt.rewards.judge import Choices, Opinions
 
@@ -189,6 +189,24 @@ def test_the_dry_run_shows_what_the_judge_reads(run_sft: Any, pairs: Path, judge
     assert main(words) == 0
     said = capsys.readouterr().out
     assert re.search(r"yes\(\['\d\+\d='\], \['", said) and "2 answers of at most 64 tokens" in said and "in one order each" in said
+
+
+def test_a_pipeline_whose_reward_model_learns_from_a_judge(pairs: Path, judges: str, shared: dict[str, Any], capsys: Any) -> None:
+    """The plan, the run, and that the reward model reads the labels of the SFT model's answers."""
+    config = {
+        **shared, "model": {"width": 16, "layers": 1, "heads": 2, "context": 32, "vocabulary": 270}, "data": {"source": str(pairs), "template": "text"},
+        "sft": {"steps": 1}, "reward_model": {"steps": 1}, "rl": {"algorithm": "ppo", "steps": 1, "prompts": 4, "sampling": {"max_tokens": 4}},
+        "label": {"judge": f"{judges}:some", "sampling": {"max_tokens": 4}}, "name": "road",
+    }  # fmt: skip
+    lines = rlhf.plan(rlhf.Config.model_validate(config))
+    assert any("── label" in line for line in lines) and any("labels     1 batches of 64 prompts, 2 answers" in line for line in lines)
+    result = rlhf.run(rlhf.Config.model_validate(config))
+    place = result.directory.path
+    assert "labelled pairs" in (place / "report.md").read_text() and "of the first place" in (place / "report.md").read_text()
+    assert f"{place / 'label' / 'pairs.jsonl'}" in (place / "reward_model" / "log.txt").read_text()
+    assert "column `probability`" in (place / "reward_model" / "log.txt").read_text()
+    with pytest.raises(ValueError, match="rank and label both make the pairs"):
+        rlhf.Config.model_validate(config | {"rank": {"reward": {"length": 3}}})
 
 
 def test_labels_of_opinions_by_hand() -> None:

@@ -183,9 +183,8 @@ def labelled(
             if chance < 0.5:
                 pair, chance, first, swapped = pair.turned, 1 - chance, swapped, first
             given, against = (None if x != x else x for x in (first, swapped))
-            yield Labelled(
-                pair.prompt, pair.one, pair.other, 1.0 if config.hard else chance, given, against, *pair.numbers, judged_by=judge, sampled_from=source
-            )  # fmt: skip
+            label = 1.0 if config.hard else chance
+            yield Labelled(pair.prompt, pair.one, pair.other, label, given, against, pair.numbers[0], pair.numbers[1], judge, source)
 
 
 def agreement(pairs: Sequence[Pair], opinions: Opinions) -> list[float]:
@@ -234,7 +233,7 @@ def _given(config: Config) -> Answers:
 def _sampled(config: Config, model: str) -> Answers:
     device = opening.settle(config)
     rows = opening.rows(config.data, "prompt")
-    lm, tokenizer, name = opening.language_model(model, config.tokenizer, tuple, config.seed)
+    lm, tokenizer, name = opening.language_model(model, config.tokenizer, lambda: opening.texts(rows.train), config.seed)
     policy = opening.policy_of(lm, device)
     render = opening.renderer(tokenizer, config.data, lm, rows)
     prompts = render.prompts([*rows.train, *rows.held_out])

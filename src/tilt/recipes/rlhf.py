@@ -1,4 +1,4 @@
-"""The pipeline of reinforcement learning from human feedback, in one directory: (pretrain →) SFT (→ ranked answers) → reward model (→ judge) → RL."""
+"""The pipeline of reinforcement learning from human feedback, in one directory: (pretrain →) SFT (→ ranked or labelled answers) → reward model (→ judge) → RL."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tilt.config import Section
-from tilt.recipes import opening, planning, pretrain, ranking, reward_model, rl, sft
+from tilt.recipes import labelling, opening, planning, pretrain, ranking, reward_model, rl, sft
 from tilt.recipes.finishing import Result
+from tilt.recipes.labelling import Config as Label
 from tilt.recipes.pretrain import Config as Pretrain
 from tilt.recipes.ranking import Config as Rank
 from tilt.recipes.reward_model import Config as RewardModel
@@ -41,6 +42,9 @@ class Config(Run):
             description="answers of the SFT model, ranked by a reward, which the reward models learn from; null: they learn from the data"
         ),
     ] = None
+    label: Annotated[
+        Label | None, Field(description="pairs of the SFT model's answers, labelled by a judge (RLAIF), which the reward models learn from")
+    ] = None
     reward_model: RewardModel
     judge: Annotated[
         RewardModel | None,
@@ -61,6 +65,7 @@ class Config(Run):
             "pretrain": {"read_as": "preference"},
             "sft": {},
             "rank": {},
+            "label": {},
             "reward_model": {},
             "judge": {},
             "rl": {"reward": {"model": PENDING}},
@@ -82,6 +87,8 @@ class Config(Run):
             raise ValueError(
                 f"rank.rows {self.rank.rows}: the reward model learns from pairs; leave it out, and label steps with `tilt rank`"
             )
+        if self.rank is not None and self.label is not None:
+            raise ValueError("rank and label both make the pairs that the reward model learns from: keep one")
         return self
 
 
@@ -118,6 +125,9 @@ def run(config: Config) -> Result:
         if config.rank is not None:
             made = stage("rank", ranking.run, config.rank, _ranked, model=start_of(config.rank)).directory / "pairs.jsonl"
             compared = {"data": config.reward_model.data.model_copy(update={"source": str(made), "columns": {}})}
+        if config.label is not None:
+            made = stage("label", labelling.run, config.label, _labelled, model=start_of(config.label)).directory / "pairs.jsonl"
+            compared = {"data": config.reward_model.data.model_copy(update={"source": str(made), "columns": {}})}
         scored = stage("reward_model", reward_model.run, config.reward_model, _accuracy, model=start_of(config.reward_model), **compared)
         extra: dict[str, Any] = {"model": start_of(config.rl), "reward": _filled(config.rl.reward, str(scored.checkpoint))}
         if config.judge is not None:
@@ -150,6 +160,13 @@ def _likelihood(result: Result) -> list[list[str]]:
 
 def _ranked(result: Result) -> list[list[str]]:
     return [["pairs of ranked answers", "", f"{result.after['pairs']:.0f}"]]
+
+
+def _labelled(result: Result) -> list[list[str]]:
+    measures = [("confidence of the judge", "confidence"), ("its bias, log-odds of the first place", "position_bias")]
+    return [["labelled pairs", "", f"{result.after['pairs']:.0f}"]] + [
+        [said, "", f"{result.after[name]:.3f}"] for said, name in measures if name in result.after
+    ]
 
 
 def _accuracy(result: Result) -> list[list[str]]:
@@ -199,6 +216,7 @@ def plan(config: Config) -> list[str]:
         "pretrain": pretrain.plan,
         "sft": sft.plan,
         "rank": ranking.plan,
+        "label": labelling.plan,
         "reward_model": reward_model.plan,
         "judge": reward_model.plan,
         "rl": rl.plan,
