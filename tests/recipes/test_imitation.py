@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tilt.data.rollouts import Prompt, Rollout
+from tilt.data.rollouts import Prompt, Rollout, Sampling
 from tilt.errors import DataError, NumericError, UsageError
-from tilt.learning.evaluation import distinct, likelihood, standard_error
+from tilt.learning.evaluation import Assessment, distinct, likelihood, standard_error
 from tilt.learning.learner import Learner
 from tilt.models.loading import load, tiny
 from tilt.models.policy import Policy
 from tilt.objectives import Rewards
 from tilt.recipes import sft
+from tilt.rewards.text import Text
 
 
 def test_sft_lowers_the_held_out_likelihood_and_reports_how_answers_end(run_sft, metrics):
@@ -156,6 +157,16 @@ def test_a_batch_that_breaks_is_kept(run_sft, shared, monkeypatch):
         run_sft(name="broken")
     kept = torch.load(shared["root"] / "broken" / "bad_batch_step_000002.pt", weights_only=True)
     assert kept["term"] == "the policy's log-probabilities" and len(kept["batch"]["tokens"]) > 0
+
+
+def test_distinct_does_not_fall_with_the_number_of_answers():
+    """Two rounds of answers to two prompts: the mean of the rounds' shares, 4 / 4 and 2 / 4, not the share of all together, 5 / 8."""
+    prompts = [Prompt((1,), number) for number in range(2)]
+    answers = ["a b c", "d e f", "a b a", "a b a"]
+    rollouts = [Rollout(prompts[i % 2], (2,), (True,), (-1.0,), "stop", Sampling()) for i in range(4)]
+    texts = [Text("p", answer) for answer in answers]
+    found = Assessment(rollouts, texts, Rewards.of(torch.zeros(4), actions=4)).metrics
+    assert found["distinct_2"] == (4 / 4 + 2 / 4) / 2
 
 
 def test_distinct_and_standard_error_by_hand():

@@ -236,8 +236,8 @@ def test_a_run_that_its_kl_ends_at_a_step_to_be_saved_is_saved_once(run_rl):
     assert "is above max_kl" in result.directory.log.read_text()
     saved = sorted(folder.name for folder in result.directory.checkpoints.iterdir())
     assert saved[-1] == result.checkpoint.name and 1 < len(saved) < 6
-    result = run_rl(steps=12, save_every=1, stop_rise=1e-9, optimizer={"lr": 3e-2})
-    assert "the reward has risen" in result.directory.log.read_text() and "step_000004" < result.checkpoint.name < "step_000012"
+    result = run_rl(steps=16, save_every=1, stop_rise=1e-9, optimizer={"lr": 3e-2})
+    assert "the reward has risen" in result.directory.log.read_text() and "step_000009" < result.checkpoint.name < "step_000016"
 
 
 # --- frozen models --------------------------------------------------------------------------------------------------------------
@@ -682,10 +682,10 @@ def test_recorded_values_are_plain():
     assert held == ["reward.0.function", "measure"]
 
 
-def test_the_rise_is_of_the_last_four_steps_over_the_first() -> None:
-    scores = [1.0, 9.0, 2.0, 3.0, 4.0, 5.0]
-    assert stopping.risen(scores, 0.5) == (3.5 - 1.0) / 0.5
-    assert stopping.risen(scores[:4], 0.5) == 0.0  # four later steps are needed
+def test_the_rise_is_of_the_last_six_steps_over_the_first_four() -> None:
+    scores = [1.0, 0.0, 2.0, 1.0, 9.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    assert stopping.risen(scores, 0.5) == (4.5 - 1.0) / 0.5
+    assert stopping.risen(scores[:9], 0.5) == 0.0  # no step is among both
 
 
 def test_a_plan_counts_what_modifiers_hold_and_take(rows, shared):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class Assessment:
             "reward_se": standard_error(self.rollouts, self.rewards),
             "length": sum(lengths) / len(lengths),
             "truncated": sum(r.stop == "length" for r in self.rollouts) / len(self.rollouts),
-            "distinct_2": distinct([t.completion for t in self.texts], 2),
+            "distinct_2": sum(distinct(texts, 2) for texts in self.rounds) / len(self.rounds),
         }
         for kind, values in (("reward", self.rewards.parts), ("measure", self.measured)):
             for name, value in values.items():
@@ -77,6 +78,16 @@ class Assessment:
                 if len(kept):
                     found |= {f"{kind}/{name}": float(kept.mean()), f"{kind}/{name}_std": float(kept.std()) if len(kept) > 1 else 0.0}
         return found | ({} if math.isnan(self.kl) else {"kl": self.kl}) | dict(self.more)
+
+    @property
+    def rounds(self) -> list[list[str]]:
+        """The first answers to all prompts, the second ones, …: distinct n-grams of texts together fall with the number of texts, those of a round do not."""
+        seen: Counter[int] = Counter()
+        found: dict[int, list[str]] = {}
+        for rollout, text in zip(self.rollouts, self.texts, strict=True):
+            found.setdefault(seen[rollout.prompt.id], []).append(text.completion)
+            seen[rollout.prompt.id] += 1
+        return list(found.values())
 
 
 def assess(

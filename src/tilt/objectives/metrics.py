@@ -144,7 +144,7 @@ GLOSSARY: Mapping[str, str] = MappingProxyType(
         "eval/ema_kl": "eval/kl of the moving average of the weights. At most about eval/kl.",
         "eval/length": "Mean number of tokens of a held-out answer. As for `length/mean`.",
         "eval/truncated": "Share of held-out answers cut at max_tokens. Under 0.1; else raise max_tokens or reward stopping.",
-        "eval/distinct_2": "Different word pairs over all word pairs of the held-out answers. A fall below 0.8 of its first value is collapse onto few phrases.",
+        "eval/distinct_2": "Different word pairs over all word pairs of the held-out answers, one to each prompt; the mean of that where there are several. A fall below 0.8 of its first value is collapse onto few phrases.",
         "eval/nll": "Negative log-likelihood of held-out given answers, nats a token. Should fall; when it rises while loss falls, stop: it overfits.",
         "eval/perplexity": "exp of eval/nll. Read it as the number of equally likely tokens to choose from.",
         "eval/ends": "Share of held-out given answers after which the policy finds a stop token the likeliest. Near 1 after SFT; else sampled answers run on.",

@@ -75,7 +75,7 @@ class Config(Training):
         float | None,
         Field(
             gt=0.0,
-            description="stop where the mean reward of four steps has risen by so many standard deviations of the first step's scores: "
+            description="stop where the mean reward of six steps is above that of the first four by so many standard deviations of the first step's scores: "
             "a reward model is a proxy, and beyond some rise the policy only learns its weak sides",
         ),
     ] = None

@@ -26,6 +26,8 @@ class Stopping:
         return ""
 
 
-def risen(scores: Sequence[float], deviation: float, over: int = 4) -> float:
-    """Rise of the mean training reward, the last `over` steps against the first, in deviations of the first step's scores. Held-out prompts have no say."""
-    return (sum(scores[-over:]) / over - scores[0]) / max(deviation, 1e-9) if len(scores) > over else 0.0
+def risen(scores: Sequence[float], deviation: float, first: int = 4, last: int = 6) -> float:
+    """Rise of the mean training reward, the `last` steps against the `first`, in deviations of the first step's scores. Held-out prompts have no say."""
+    if len(scores) < first + last:
+        return 0.0
+    return (sum(scores[-last:]) / last - sum(scores[:first]) / first) / max(deviation, 1e-9)
