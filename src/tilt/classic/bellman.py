@@ -10,7 +10,9 @@ from tilt.classic.mdp import MDP, probabilities
 
 def action_values(mdp: MDP, values: Tensor) -> Tensor:
     """q(s, a) = sum_(s',r) p(s', r | s, a) (r + gamma v(s')), [..., S, A]."""
-    return mdp.reward + mdp.discount * (mdp.transition @ values[..., None, :, None]).squeeze(-1)
+    if mdp.lead or mdp.chance.shape[-1] == mdp.state_count:
+        return mdp.reward + mdp.discount * (mdp.transition @ values[..., None, :, None]).squeeze(-1)
+    return (mdp.chance * (mdp.earned + mdp.discount * values[..., mdp.following])).sum(-1)  # few outcomes: taxi has 1 for its 500 states
 
 
 def state_values(mdp: MDP, policy: Tensor, q: Tensor) -> Tensor:

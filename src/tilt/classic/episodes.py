@@ -78,7 +78,7 @@ def cumulative_of(chances: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Episodes:
-    """E episodes end to end: `states`, `actions` and `rewards` [A], the action axis; `layout` says in which episode each is and counts its steps.
+    """E episodes end to end: `states`, `actions` and `rewards` [A], the action axis; `layout` says in which episode each is, and which episodes began alike.
 
     `last` is the state in which an episode stopped [E]; it `ended` there, or it was cut off by the time limit [E].
     """
@@ -95,8 +95,10 @@ class Episodes:
         """From lists of (state, action, reward), each with the state that it stopped in and whether it ended."""
         steps = [step for walk, _, _ in walks for step in walk]
         states, actions, rewards = zip(*steps, strict=True)
+        starts = torch.tensor([walk[0][0] for walk, _, _ in walks])
+        layout = Layout.of([len(walk) for walk, _, _ in walks], starts.unique(return_inverse=True)[1])
         return Episodes(
-            Layout.of([len(walk) for walk, _, _ in walks]), torch.tensor(states), torch.tensor(actions), torch.tensor(rewards, dtype=torch.float64),
+            layout, torch.tensor(states), torch.tensor(actions), torch.tensor(rewards, dtype=torch.float64),
             torch.tensor([last for _, last, _ in walks]), torch.tensor([ended for _, _, ended in walks]),
         )  # fmt: skip
 
