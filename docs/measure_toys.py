@@ -31,6 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "trpo": CRITIC | {"objective": {"penalty": {"limit": 0.04, "damping": 0.01, "iterations": 4}}},
     "nlpo": CRITIC | {"mask": {"refresh": 10}},
     **{name: {"minibatches": 2} for name in ("gspo", "luspo")},
+    "high_entropy": {"steps": 160},
 }
 
 
