@@ -18,7 +18,7 @@ from tilt.tasks import manners
 TEMPLATE = "{prompt}\n1: {first}\n2: {second}\nbetter:"
 MODEL = {"width": 64, "layers": 2, "heads": 4, "context": 64, "vocabulary": 640}
 JUDGE: dict[str, Any] = {
-    "model": {"width": 64, "layers": 3, "heads": 4, "context": 128, "vocabulary": 640}, "batch": 64, "steps": 1500,
+    "model": {"width": 64, "layers": 3, "heads": 4, "context": 128, "vocabulary": 640}, "batch": 64, "steps": 500,
     "optimizer": {"lr": 3e-3, "schedule": "cosine", "warmup": 50},
 }  # fmt: skip
 LABEL: dict[str, Any] = {"samples": 4, "sampling": {"max_tokens": 16}}
@@ -39,7 +39,7 @@ def road(place: Path, seed: int = 0, labels: Iterable[str] = ("judge", "program"
     reader = {"model": str(judge), "template": TEMPLATE, "rendering": "text"}
     labelled = labelling.run(labelling.Config.model_validate(shared | given | {"judge": reader}))
     pairs = [json.loads(line) for line in (labelled.directory / "pairs.jsonl").read_text().splitlines()]
-    found = {"judge": {**labelled.after, "right": right(pairs)}}
+    found = {"judge": {**labelled.after, **right(pairs)}}
 
     held = files(place / "pairs", task.pairs)["eval"]
     for source in labels:
@@ -73,10 +73,15 @@ def merits(pair: Mapping[str, Any]) -> tuple[float, float]:
     return manners.merit(pair["prompt"], pair["chosen"]), manners.merit(pair["prompt"], pair["rejected"])
 
 
-def right(pairs: Iterable[Mapping[str, Any]]) -> float:
-    """How often the judge prefers what the program prefers, where the program has no tie."""
-    clear = [good > bad for good, bad in map(merits, pairs) if good != bad]
-    return sum(clear) / len(clear)
+def right(pairs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """How often the judge prefers what the program prefers, where the program has no tie: by both orders, and by one of them alone."""
+    both, alone = [], []
+    for pair in pairs:
+        good, bad = merits(pair)
+        if good != bad:
+            both.append(good > bad)
+            alone += [(pair["log_odds_chosen_first"] > 0) == (good > bad), (pair["log_odds_rejected_first"] < 0) == (good > bad)]
+    return {"right": sum(both) / len(both), "right_in_one_order": sum(alone) / len(alone)}
 
 
 def by_the_program(pairs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -212,7 +212,7 @@ def test_a_pipeline_whose_reward_model_learns_from_a_judge(pairs: Path, judges: 
 def test_labels_of_opinions_by_hand() -> None:
     config = Config.model_validate({"judge": "m", "data": "d", "margin": 0.2})
     pairs = [Pair("p", "a", "b", (0, 2)), Pair("p", "c", "d", (1, 2)), Pair("p", "e", "f", (0, 1))]
-    first, swapped = (torch.tensor(x, dtype=torch.float64) for x in ([-1.0, 0.5, 3.0], [3.0, 0.0, float("nan")]))
+    first, swapped = (torch.tensor(x, dtype=torch.float64) for x in ([-1.0, 1.0, 3.0], [3.0, 0.0, float("nan")]))
     counts: Counter[str] = Counter()
     found = list(labelling.labelled(config, pairs, Opinions(first, swapped, first, "both", "log_odds"), "j", None, counts))
     assert found == [Labelled("p", "b", "a", pytest.approx(0.8807970779778823), 3.0, -1.0, 2, 0, "j", None)]

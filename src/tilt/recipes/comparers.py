@@ -104,9 +104,10 @@ def opened(judge: Judge, run: Run) -> Opened:
 def _model(judge: Judge, path: str, run: Run) -> Opened:
     policy, words = judge_model(path, opening.settle(run))
     said, asked = verdict_tokens(judge.verdicts, words, "judge.verdicts"), wording(words, judge.template, judge.rendering)
-    name = f"{path}@{fingerprint(policy)[:12]}"
+    mark = fingerprint(policy)
+    name = f"{path}@{mark[:12]}"
     record = {
-        "model": path, "sha256": fingerprint(policy), "template": judge.template, "template_sha256": sha256(judge.template.encode()).hexdigest(),
+        "model": path, "sha256": mark, "template": judge.template, "template_sha256": sha256(judge.template.encode()).hexdigest(),
         "verdicts": judge.verdicts, "rendering": "turn" if asked.chat else "text",
     }  # fmt: skip
 
