@@ -104,7 +104,7 @@ def test_one_order_is_drawn_by_the_seed_and_keeps_the_bias(label: Any) -> None:
     assert 10 < sum(line["chosen_number"] == 0 for line in leaning) < 38, "a judge that knows nothing does not repeat the data"
 
 
-def test_margins_ties_and_hard_labels(label: Any, judges: str) -> None:
+def test_margins_ties_and_hard_labels(label: Any, judges: str, pairs: Path) -> None:
     """Every sixth pair is as long on both sides."""
     result = label("some")
     soft = [line["probability"] for line in lines_of(result)]
@@ -113,6 +113,9 @@ def test_margins_ties_and_hard_labels(label: Any, judges: str) -> None:
     hard = label("some", hard=True)
     assert record_of(hard)["counts"] == {"labelled": 48 - ties, "ties": ties} and {line["probability"] for line in lines_of(hard)} == {1.0}
     assert record_of(label("some", margin=0.2))["counts"] == {"labelled": 48 - ties, "within the margin": ties}
+    twice = pairs.with_name("twice.jsonl")
+    twice.write_text(pairs.read_text() + '{"prompt": "q", "chosen": "a", "rejected": "a"}\n')
+    assert record_of(label("some", data=str(twice)))["counts"] == {"labelled": 48, "the same answer twice": 1}
     with pytest.raises(DataError, match="of 48 pairs none is left: {'within the margin': 48}"):
         label("first", margin=0.01)
     with pytest.raises(DataError, match="of 48 pairs none is left: {'not judged': 48}"):
@@ -151,6 +154,7 @@ def test_answers_of_a_model_are_paired_labelled_and_learned_from(run_sft: Any, r
     }
     assert all(line["chosen"] != line["rejected"] and line["sampled_from"] == f"{start}@{record['sha256'][:12]}" for line in lines)
     assert (record["samples"], record["prompts"]) == (3, 60) and "agreement" not in record
+    assert sum(record["counts"].values()) == 3 * 60 and record["counts"]["labelled"] == len(lines)
     assert lines_of(label("some", **given)) == lines
     dataset = read(lines, want="preference", source="pairs")
     assert dataset.kind == "preference" and dataset.rows[0]["probability"] == lines[0]["probability"]

@@ -197,6 +197,8 @@ def test_a_function_is_a_judge() -> None:
     found = compare(comparer, ["p"] * 4, ["aaa", "sure", "x", "sure"], ["a", "sure", "b", "never"])
     assert found.probability.tolist() == pytest.approx([0.75, 0.5, math.nan, 1 - CERTAIN], nan_ok=True, abs=1e-9)
     assert found.outside.isnan().all() and "outside" not in found.metrics()
+    never = FunctionComparer(RewardFunction("judge", lambda first: 1 / len(first)))
+    assert compare(never, [], [], []).probability.tolist() == [], "nothing is asked about no pairs"
     with pytest.raises(DataError, match=r"the judge judge returned 1.5 for pair 0: expected the probability, from 0 to 1"):
         compare(FunctionComparer(RewardFunction("judge", lambda first: [1.5] * len(first))), ["p"], ["a"], ["b"])
     with pytest.raises(DataError, match="returned 1 values"):

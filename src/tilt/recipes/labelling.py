@@ -84,6 +84,10 @@ class Pair:
         return plain_text(self.prompt), plain_text(self.one), plain_text(self.other)
 
     @property
+    def differs(self) -> bool:
+        return self.texts[1] != self.texts[2]
+
+    @property
     def turned(self) -> Pair:
         return replace(self, one=self.other, other=self.one, numbers=(self.numbers[1], self.numbers[0]))
 
@@ -131,7 +135,9 @@ def run(config: Config) -> Result:
         counts: Counter[str] = Counter()
         agreed: list[float] = []
         for step in range(answers.batches):
-            pairs = placed(config, answers.draw(step), step)
+            drawn = answers.draw(step)
+            pairs = placed(config, [pair for pair in drawn if pair.differs], step)
+            counts.update({"the same answer twice": len(drawn) - len(pairs)} if len(pairs) < len(drawn) else {})
             opinions = ask(config, judge, pairs)
             found = list(labelled(config, pairs, opinions, judge.name, answers.source, counts))
             same = agreement(pairs, opinions) if answers.source is None else []
@@ -213,9 +219,9 @@ def _given(config: Config) -> Answers:
         Pair(row["prompt"], one, other, (i, j))
         for row in (*rows.train, *rows.held_out)
         for (i, one), (j, other) in combinations(enumerate(row.get(RANKED) or (row["chosen"], row["rejected"])), 2)
-        if plain_text(one) != plain_text(other)
     ]
-    if not every:
+    different = [pair for pair in every if pair.differs]
+    if not different:
         raise DataError(f"{config.data.source}: the two answers of every row are the same, so there is nothing to judge")
 
     def draw(step: int) -> list[Pair]:
@@ -224,8 +230,8 @@ def _given(config: Config) -> Answers:
     return Answers(
         -(-len(every) // config.prompts),
         draw,
-        lambda: every[:1],
-        [*rows.notes, f"           {len(every)} pairs to judge"],
+        lambda: different[:1],
+        [*rows.notes, f"           {len(different)} pairs to judge"],
         {"data": config.data.source},
     )
 
@@ -242,13 +248,12 @@ def _sampled(config: Config, model: str) -> Answers:
     texts_of = [prompt.columns.get(TURNS, prompt.columns["prompt"]) for prompt in prompts]
 
     def pairs(said: Sequence[str], asked: Sequence[Any]) -> list[Pair]:
-        """Every two different answers to one prompt."""
+        """Every two answers to one prompt."""
         own = [said[i * config.samples : (i + 1) * config.samples] for i in range(len(asked))]
         return [
             Pair(prompt, a, b, (i, j))
             for prompt, texts in zip(asked, own, strict=True)
             for (i, a), (j, b) in combinations(enumerate(texts), 2)
-            if a != b
         ]
 
     def draw(step: int) -> list[Pair]:

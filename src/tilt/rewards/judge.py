@@ -140,7 +140,7 @@ class FunctionComparer:
     function: RewardFunction
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Reading:
-        said = self.function(prompts, first, {"first": first, "second": second}).values
+        said = self.function(prompts, first, {"first": first, "second": second}).values if prompts else []
         if wrong := [(i, value) for i, value in enumerate(said) if value is not None and not 0 <= value <= 1]:
             i, value = wrong[0]
             raise DataError(
