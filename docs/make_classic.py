@@ -21,7 +21,7 @@ from tilt.classic.mdp import MDP, uniform
 from tilt.classic.pictures import beside, curves_svg, grid_svg
 from tilt.classic.planning import evaluate, gain, plan_to_horizon, policy_iteration, value_iteration
 from tilt.classic.policy_gradient import gradient_ascent, natural_ascent, trust_region_ascent
-from tilt.classic.tables import cliff_walking, frozen_lake, random_processes, random_walk, sutton_barto_grid
+from tilt.classic.tables import cliff_walking, frozen_lake, random_walk, sutton_barto_grid
 from tilt.classic.temporal_difference import double_q_learning, expected_sarsa, monte_carlo, q_learning, sarsa, temporal_difference
 from tilt.objectives import ALGORITHMS, GAE, GroupRelative
 from tilt.oracle import token_mdp as exact
@@ -156,17 +156,18 @@ def _way_svg(mdp: MDP, values: Tensor, policy: Tensor, way: Sequence[int], title
 
 def bounds() -> str:
     """J along the line from a policy to the greedy one, its surrogate, and the bound that conservative policy iteration climbs."""
-    mdp = random_processes(discount=0.5, seed=3)
+    moves = torch.eye(3, dtype=torch.float64)[torch.tensor([[1, 0], [1, 2], [0, 2]])]
+    mdp = MDP.of(moves, [[2.0, -1.0], [1.0, 0.0], [1.0, -1.0]], discount=0.6, start=[1.0, 0.0, 0.0])
     old = uniform(mdp)
-    target = torch.nn.functional.one_hot(policy_iteration(mdp).policy, 3).double()
+    target = torch.nn.functional.one_hot(policy_iteration(mdp).policy, 2).double()
     shares = [i / 60 for i in range(61)]
     curves = {
         "J of the mixture": [(a, float(gain(mdp, mixture(mdp, old, target, a)))) for a in shares],
         "surrogate L": [(a, float(surrogate(mdp, old, mixture(mdp, old, target, a)))) for a in shares],
-        "lower bound": [(a, float(mixture_bound(mdp, old, target, a))) for a in shares],
+        "lower bound": [(a, b) for a in shares if (b := float(mixture_bound(mdp, old, target, a))) > 0],
     }
     assert abs(difference(mdp, old, target) - (gain(mdp, target) - gain(mdp, old))) < 1e-12
-    return curves_svg(curves, title="J, L and its bound, gamma .5", x="share of the target policy")
+    return curves_svg(curves, title="J, L and its bound, gamma .6", x="share of the target policy")
 
 
 def ways_up() -> str:

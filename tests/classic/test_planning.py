@@ -167,6 +167,7 @@ def test_value_iteration_keeps_its_bound(many: MDP) -> None:
         lost = best - evaluate(many, found.policy)
         assert lost.min() > -1e-11 and lost.max() <= found.bound < 2 * theta * 9
         assert len(found.path) == found.sweeps
+        assert found.bound == pytest.approx(2 * 0.9 / 0.1 * float((found.path[-1] - ([0 * best, *found.path])[-2]).abs().max()), rel=1e-9)
         gaps = (found.path - best).abs().amax(-1)
         assert (gaps[1:] <= 0.9 * gaps[:-1] + 1e-11).all()
     assert (best - evaluate(many, value_iteration(many, theta=3.0).policy)).max() > 0.05, "with a loose theta the policy is not the best"
@@ -234,6 +235,11 @@ def test_backward_induction_equals_every_plan() -> None:
     found = plan_to_horizon(mdp, 3)
     close(found.values[0], best)
     assert found.values.shape == (4, 2) and not found.values[3].any()
+    close(evaluate_to_horizon(mdp, found.policy, 3), best)
+    lake = frozen_lake(discount=1.0)
+    plan = plan_to_horizon(lake, 12)
+    close(evaluate_to_horizon(lake, plan.policy, 12), plan.values[0])
+    assert (evaluate_to_horizon(lake, plan.policy.flip(0), 12) < plan.values[0] - 1e-3).any(), "the order of times matters"
 
 
 def test_a_long_horizon_is_no_limit(many: MDP, policies: Tensor) -> None:

@@ -40,6 +40,9 @@ HEADS, PACK, PACKED = "tests/test_distributions.py::", "tests/data/test_packing.
 SAMPLED, DRAWN, RANDOM, ENGINE = (f"tests/sampling/test_{name}.py::" for name in ("sampler", "drawing", "randomness", "engine"))
 PAIRS = "tests/objectives/test_preference.py::"
 REGION, STEP, NATURAL = "optim/trust_region.py", "tests/optim/test_trust_region.py::", "tests/learning/test_trust_region.py::"
+CONTROL, PLANNED, IMPROVED, GRADIENT = (
+    f"tests/classic/test_{name}.py::" for name in ("temporal_difference", "planning", "improvement", "policy_gradient")
+)
 
 FAULTS = [
     # ------------------------------------------------------------------------------------------------ credit
@@ -338,4 +341,30 @@ FAULTS = [
     Fault("preference", "a loss of the micro-batch's own mean", "verl #7321 on pairs: the mean of the micro-batch", "objectives/pairs.py",
           "return Answers(**{f.name: getattr(self, f.name)[answers] for f in fields(self)})", "return Answers.of(**{f.name: getattr(self, f.name)[answers] for f in fields(self) if f.name != 'weights'})",
           PAIRS + "test_parts_give_the_gradient_of_the_batch"),
+    # ------------------------------------------------------------------------------------------------ finite processes
+    Fault("classic", "a time limit taken for the end", "1712.00378: most libraries of 2017", "classic/temporal_difference.py", "            if done:\n                ahead", "            if done or length + 1 == most:\n                ahead",
+          CONTROL + "test_being_cut_off_is_not_the_end"),
+    Fault("classic", "Q-learning goes on after the end", "slip: the value of the state that ended", "classic/temporal_difference.py", "                ahead = 0.0\n", "                ahead = max(q[s])\n",
+          CONTROL + "test_each_rule_by_loops"),
+    Fault("classic", "a table judges its own favourite", "slip: double Q-learning with one table", "classic/temporal_difference.py", "tables[learner is tables[0]]", "tables[learner is not tables[0]]",
+          CONTROL + "test_two_tables_do_not_flatter_themselves"),
+    Fault("classic", "the trace forgets lam", "slip: gamma alone", "classic/temporal_difference.py", "fade, up = mdp.discount * lam,", "fade, up = mdp.discount * bool(lam),",
+          CONTROL + "test_offline_traces_are_the_lambda_return"),
+    Fault("classic", "the last visit for the first", "slip: a dictionary keeps what came last", "classic/temporal_difference.py", "for s, g in reversed(found)}", "for s, g in found}",
+          CONTROL + "test_first_and_every_visit_by_hand"),
+    Fault("classic", "visits forward in time", "slip: rho solved without the transpose", "classic/planning.py", "torch.linalg.solve(system.mT,", "torch.linalg.solve(system,",
+          PLANNED + "test_advantages_have_mean_zero_and_visits_give_the_gain"),
+    Fault("classic", "equals alternate", "slip: an action gives way to its equal", "classic/planning.py", "TIE = 1e-12", "TIE = 0.0", PLANNED + "test_policy_iteration_ends_where_all_is_equal"),
+    Fault("classic", "a policy that earns for ever gets a value", "slip: gamma = 1 without a check", "classic/planning.py", "    if bool(lost.any()):", "    if False:",
+          PLANNED + "test_without_a_discount_a_policy_may_go_on_where_it_earns_nothing"),
+    Fault("classic", "the surrogate counts the new policy's visits", "slip: L is J then", "classic/improvement.py", "(occupancy(mdp, old) * _toward(mdp, old, new)).sum(-1)\n\n\ndef mixture_bound", "(occupancy(mdp, new) * _toward(mdp, old, new)).sum(-1)\n\n\ndef mixture_bound",
+          IMPROVED + "test_the_surrogate_is_right_to_first_order_and_no_bound"),
+    Fault("classic", "the bound with epsilon alone", "note on TRPO: the constant C is not given", "classic/improvement.py", "    return 4 * advantages(mdp, policy)", "    return advantages(mdp, policy)",
+          IMPROVED + "test_the_trust_region_bound_holds_on_every_pair"),
+    Fault("classic", "gamma^t left out", "1906.07073: the policy gradient of most code", "classic/actor_critic.py", "return found if discount == 1 else", "return found if discount else",
+          GRADIENT + "test_every_weight_has_grad_j_in_the_mean"),
+    Fault("classic", "the critic values the end", "slip: V of a terminal state", "classic/actor_critic.py", "torch.where(episodes.ended, 0.0, values[episodes.last])", "values[episodes.last]",
+          GRADIENT + "test_action_value_is_gae_with_its_baseline_put_back"),
+    Fault("classic", "the soft maximum at temperature 1", "slip: beta in front of the logarithm only", "classic/language.py", "        scores = prior + action_values(mdp, values) / beta", "        scores = prior + action_values(mdp, values)",
+          "tests/classic/test_language.py::test_soft_value_iteration_is_the_tilted_reference"),
 ]  # fmt: skip
