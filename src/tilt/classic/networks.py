@@ -166,10 +166,14 @@ class Critic(nn.Module):
 
 
 class ActionValues(nn.Module):
-    """Q(s, .), [A, actions]."""
+    """Q(s, .), [A, actions]. Without hidden layers it is one matrix, from 0: a table where states are one-hot."""
 
     def __init__(self, observation: int, actions: int, hidden: Sequence[int], activation: Activation, seed: int) -> None:
         super().__init__()
+        self.body: nn.Module = nn.Linear(observation, actions, bias=False)
+        if not hidden:
+            nn.init.zeros_(self.body.weight)  # type: ignore[arg-type]
+            return
         self.body = Perceptron([observation, *hidden, actions], activation).uniform(torch.Generator().manual_seed(seed))
 
     def forward(self, observations: Tensor) -> Tensor:
