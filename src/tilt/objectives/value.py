@@ -55,8 +55,9 @@ class ValueLoss(Value):
             raise UsageError(f"ValueLoss: coefficient={self.coefficient} must be above 0; `none` is the value term without a critic")
 
     def __call__(self, values: PerAction, old: PerAction, returns: PerAction) -> PerAction:
-        plain = (values - returns).square()
-        return 0.5 * (plain if self.clip == inf else torch.maximum(plain, (self._near(values, old) - returns).square()))
+        if self.clip == inf:
+            return 0.5 * (values - returns).square()
+        return 0.5 * torch.maximum((values - returns).square(), (self._near(values, old) - returns).square())
 
     def clipped(self, values: PerAction, old: PerAction, returns: PerAction) -> ActionMask:
         return (self._near(values, old) - returns).square() > (values - returns).square()
