@@ -269,11 +269,11 @@ def test_one_update_by_hand() -> None:
 @pytest.mark.parametrize("critic", CRITICS)
 @pytest.mark.parametrize("psi", ["q", "advantage", "delta", "baseline"])
 def test_actor_and_critic_find_the_goal(psi: str, critic: str) -> None:
-    """Dry ice, gamma .95: from .008 to .6 and more of the best, .774, in fifty updates; the critic knows the start's value."""
-    mdp = frozen_lake(slippery=False, discount=0.95)
-    found = actor_critic(mdp, psi=psi, critic=critic, iterations=50, rate=5.0)
-    assert found.gains[0] < 0.01 and found.gains[-1] > 0.6
-    assert (found.values[0] - evaluate(mdp, found.logits.softmax(-1))[0]).abs() < 0.1
+    """A pond of six cells, gamma .95: from .12 to .8 and more of the best, .9025, in twenty updates; the critic knows the start's value."""
+    mdp = frozen_lake(("SFF", "FHG"), slippery=False, discount=0.95)
+    found = actor_critic(mdp, psi=psi, critic=critic, iterations=20, rate=3.0)
+    assert found.gains[0] < 0.13 and found.gains[-1] >= 0.8
+    assert (found.values[0] - found.gains[-1]).abs() < 0.12
 
 
 ROWS: list[tuple[str, float, Callable[[Objective], Objective], dict[str, float]]] = [

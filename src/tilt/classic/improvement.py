@@ -121,21 +121,24 @@ def minorise_maximise_step(mdp: MDP, policy: Tensor) -> Step:
         more = (old * odds / (1 - odds)).sum(-1)  # sum old / (1 - A / n) - 1
         return (old * torch.log1p(-odds)).sum(-1) + torch.log1p(more), n / (1 + more)
 
-    def spots(distance: Tensor) -> Tensor:
+    def spots(distance: Tensor, halvings: int = 40) -> Tensor:
         """The places where each state is this far away, by bisection: KL falls with the place."""
         low, high = torch.full_like(top, -36.0), torch.full_like(top, 36.0)
-        for _ in range(50):
+        for _ in range(halvings):
             middle = (low + high) / 2
             far = at(middle)[0] > distance.unsqueeze(-1)
             low, high = torch.where(far, middle, low), torch.where(far, high, middle)
         return (low + high) / 2
 
-    low, high = torch.full_like(factor, -80.0), torch.full_like(factor, 3.0)  # logarithms of d; the multiplier l falls with d
-    for _ in range(45):
+    low, high = (
+        torch.full_like(factor, -80.0),
+        torch.full_like(factor, 3.0),
+    )  # logarithms of d, where M is flat; the multiplier l falls with d
+    for _ in range(30):
         middle = (low + high) / 2
         steep = torch.where(flat, 0.0, rho * at(spots(middle.exp()))[1]).sum(-1) > factor
         low, high = torch.where(steep, middle, low), torch.where(steep, high, middle)
-    place = spots(((low + high) / 2).exp())
+    place = spots(((low + high) / 2).exp(), 52)
     weights = old / (1 - away / (top * (1 + place.exp())).unsqueeze(-1))
     new = torch.where(flat.unsqueeze(-1), old, weights / weights.sum(-1, keepdim=True))
     return Step(new, trust_region_bound(mdp, policy, new), gain(mdp, new), _kl(old, new).amax(-1))
