@@ -115,6 +115,8 @@ def test_deterministic_policies_are_stochastic_ones_of_one_action() -> None:
     assert torch.equal(probabilities(mdp, policy), one_hot)
     assert torch.equal(evaluate(mdp, policy), evaluate(mdp, one_hot))
     assert torch.equal(uniform(mdp).sum(-1), torch.ones(16).double())
+    single = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    assert (probabilities(mdp, single).sum(-1) - 1).abs().max() < 1e-15 and (single.double().sum(-1) - 1).abs().max() > 1e-9
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -151,6 +153,9 @@ def test_tables_and_environments_that_are_none_are_refused() -> None:
         MDP.from_table([[[(1.0, 0, 0.0, False)]], [[(1.0, 0, 0.0, False)]] * 2], discount=0.9, start=0)
     with pytest.raises(UsageError, match="next state in 0 … 0"):
         MDP.from_table([[[(1.0, 1, 0.0, False)]]], discount=0.9, start=0)
+    for start in (1, -1, 0.5, [0.5, 0.5]):
+        with pytest.raises(UsageError, match="must be a state in 0 … 0, or 1 probabilities"):
+            MDP.from_table([[[(1.0, 0, 0.0, False)]]], discount=0.9, start=start)
     with pytest.raises(UsageError, match="add up to 0.5"):
         MDP.from_table([[[(0.5, 0, 0.0, False)]]], discount=0.9, start=0)
     with pytest.raises(UsageError, match="has no P"):

@@ -217,6 +217,10 @@ def test_without_a_discount_a_policy_may_go_on_where_it_earns_nothing() -> None:
     close(evaluate(mdp, torch.zeros(16, dtype=torch.long)), torch.zeros(16, dtype=torch.float64))
     ring = MDP.of([[[0.0, 1.0]], [[1.0, 0.0]]], [[0.0], [0.0]], discount=1.0)
     close(evaluate(ring, torch.zeros(2, dtype=torch.long)), torch.zeros(2, dtype=torch.float64))
+    third = MDP.from_table([[[(1 / 3, 0, 0.1, False), (1 / 3, 0, 0.2, False), (1 / 3, 0, -0.3, False)]]], discount=1.0, start=0)
+    assert evaluate(third, torch.zeros(1, dtype=torch.long)).tolist() == [0.0] and third.reward.item() != 0, (
+        "rewards that cancel, up to rounding"
+    )
     paid = MDP.of([[[0.0, 1.0]], [[1.0, 0.0]]], [[0.0], [1.0]], discount=1.0, states=("a", "b"))
     with pytest.raises(UsageError, match=r"earns for ever from 2 state\(s\), a the first"):
         evaluate(paid, torch.zeros(2, dtype=torch.long))

@@ -120,7 +120,7 @@ class MDP:
         chance[ends], earned[ends], following[ends] = 0.0, 0.0, torch.arange(size)[ends][:, None, None]
         chance[ends, :, 0] = 1.0
         first = torch.zeros(size, dtype=torch.float64)
-        first[:count] = torch.eye(count, dtype=torch.float64)[start] if isinstance(start, int) else _numbers("start", start)
+        first[:count] = _first(start, count)
         names = (*states, "end") if states and more else tuple(states)
         return MDP(chance, following, earned, first, ends, discount, limit, names, tuple(actions), None if more else grid)
 
@@ -173,7 +173,7 @@ class MDP:
 def probabilities(mdp: MDP, policy: Tensor) -> Tensor:
     """pi(a | s) [..., S, A] of a deterministic policy (an action for every state, integers [..., S]) or of a stochastic one [..., S, A], checked.
 
-    Leading axes of a policy are many policies at once.
+    Leading axes of a policy are many policies at once. What comes in float32 is divided by its sum.
     """
     if not policy.is_floating_point():
         if (
@@ -187,12 +187,13 @@ def probabilities(mdp: MDP, policy: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(policy.long(), mdp.action_count).to(torch.float64)
     if policy.shape[-2:] != (mdp.state_count, mdp.action_count):
         raise UsageError(f"a stochastic policy is pi(a | s), [..., {mdp.state_count}, {mdp.action_count}], not {_told(policy)}")
-    found = policy.to(torch.float64)
-    if not bool((found >= 0).all() and ((found.detach().sum(-1) - 1).abs() < CLOSE).all()):
+    found, exact = policy.to(torch.float64), policy.dtype == torch.float64
+    total = found.sum(-1, keepdim=True)
+    if not bool((found >= 0).all() and ((total.detach() - 1).abs() < (CLOSE if exact else 1e-5)).all()):
         raise UsageError(
             "a stochastic policy needs probabilities that are not negative and add up to 1 in every state; logits need .softmax(-1)"
         )
-    return found
+    return found if exact else found / total
 
 
 def uniform(mdp: MDP) -> Tensor:
@@ -261,6 +262,16 @@ def _ends(terminal: Any, lead: torch.Size, count: int) -> Tensor:
     mask = torch.zeros(count, dtype=torch.bool)
     mask[given.long()] = True
     return mask.expand(*lead, count)
+
+
+def _first(start: Any, count: int) -> Tensor:
+    """The probabilities of the first states, from one state or from all of them."""
+    given = _numbers("start", start)
+    if given.dim() == 0 and float(given) in range(count):
+        return torch.eye(count, dtype=torch.float64)[int(given)]
+    if given.shape != (count,):
+        raise UsageError(f"MDP.from_table: start={start} must be a state in 0 … {count - 1}, or {count} probabilities")
+    return given
 
 
 def _told(policy: Tensor) -> str:

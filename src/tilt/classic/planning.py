@@ -98,7 +98,7 @@ def _system(mdp: MDP, moves: Tensor, earned: Tensor) -> tuple[Tensor, Tensor]:
     one = torch.eye(mdp.state_count, dtype=torch.float64)
     if mdp.discount < 1:
         return one - mdp.discount * moves, torch.zeros_like(earned, dtype=torch.bool)
-    spent = ~_leading_to(moves, earned != 0)
+    spent = ~_leading_to(moves, earned.abs() > 1e-14 * mdp.earned.abs().max())  # rewards may cancel up to rounding
     lost = ~_leading_to(moves, spent)
     if bool(lost.any()):
         where = mdp.name(int(lost.nonzero()[0, -1]))
