@@ -45,11 +45,11 @@ def test_running_sums_never_fall_off_the_end() -> None:
 
 
 def test_sampled_frequencies_are_the_probabilities(short: MDP) -> None:
-    """20,000 episodes: first states, outcomes of every action, and returns, all within four standard errors."""
+    """6,000 episodes: first states, outcomes of every action, and returns, all within four standard errors."""
     policy = torch.tensor([[0.3, 0.7], [0.9, 0.1], [0.5, 0.5]], dtype=torch.float64)
-    found = sample(short, policy, 20_000, seed=1)
+    found = sample(short, policy, 6_000, seed=1)
     starts = found.states[found.layout.starts]
-    assert abs((starts == 0).double().mean() - 0.6) < 4 * (0.24 / 20_000) ** 0.5
+    assert abs((starts == 0).double().mean() - 0.6) < 4 * (0.24 / 6_000) ** 0.5
     here = (found.states == 1) & (found.actions == 0)
     after = torch.where(
         found.layout.positions + 1 == found.layout.lengths[found.layout.sequence], found.last[found.layout.sequence], found.states.roll(-1)
@@ -59,7 +59,7 @@ def test_sampled_frequencies_are_the_probabilities(short: MDP) -> None:
         assert abs((after[here] == s).double().mean() - p) < 4 * (p * (1 - p) / here.sum()) ** 0.5
     returns = found.returns(0.8)
     truth = (short.start * evaluate_to_horizon(short, policy)).sum()
-    assert abs(returns.mean() - truth) < 4 * returns.std() / 20_000**0.5
+    assert abs(returns.mean() - truth) < 4 * returns.std() / 6_000**0.5
     assert (found.layout.lengths <= 4).all() and found.ended.any() and (~found.ended).any()
     assert torch.equal(found.ended, found.last == 2)
 

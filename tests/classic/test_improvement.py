@@ -92,9 +92,9 @@ def test_conservative_policy_iteration_climbs_to_the_best(pair: Pair) -> None:
     best = greedy(advantages(mdp, old))
     gained = (occupancy(mdp, old) * advantages(mdp, old).amax(-1)).sum(-1)
     assert (step.gain - gain(mdp, old) >= step.size * gained / 2 - 1e-12).all() and (step.size < 1).all()
-    for share in torch.linspace(0, 1, 101):
+    for share in torch.linspace(0, 1, 21):
         assert (mixture_bound(mdp, old, best, share) <= step.bound + 1e-12).all()
-    climb = conservative_policy_iteration(mdp, old, steps=30)
+    climb = conservative_policy_iteration(mdp, old, steps=10)
     gains = torch.cat([climb.start.unsqueeze(0), climb.gains])
     assert (gains[1:] - gains[:-1]).min() > 0 and (climb.gains - climb.bounds).min() > -1e-12
     few = random_processes(20, seed=8)
@@ -127,9 +127,8 @@ def test_the_exact_penalised_step_is_the_best_of_its_neighbours(pair: Pair) -> N
     assert (step.bound - gain(mdp, old)).min() > 0 and (step.gain - step.bound).min() > -1e-12
     generator = torch.Generator().manual_seed(3)
     for spread in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
-        for _ in range(2):
-            near = (step.policy.log() + spread * torch.randn(COUNT, 5, 3, generator=generator, dtype=torch.float64)).softmax(-1)
-            assert (trust_region_bound(mdp, old, near) <= step.bound + 1e-13).all()
+        near = (step.policy.log() + spread * torch.randn(COUNT, 5, 3, generator=generator, dtype=torch.float64)).softmax(-1)
+        assert (trust_region_bound(mdp, old, near) <= step.bound + 1e-13).all()
     for share in (0.9, 0.99, 0.999, 1.001, 1.01, 1.1):
         along = old + share * (step.policy - old)
         assert (trust_region_bound(mdp, old, along) <= step.bound + 1e-13).all()

@@ -176,17 +176,17 @@ def test_the_td_error_is_the_advantage_in_the_mean() -> None:
 
 
 def test_sampled_gradients_agree_with_the_exact_one(steps: MDP, theta: Tensor) -> None:
-    """20,000 episodes: every entry within four standard errors, which are those of single episodes; a gradient that is 2 % too long would be found out."""
+    """8,000 episodes: every entry within four standard errors, which are those of single episodes; one that is half as long again would be found out."""
     row, values = row_of(PSI["advantage"](GAMMA, 0.9)), evaluate(steps, theta.softmax(-1))
-    found = sample(steps, theta.softmax(-1), 20_000, seed=3)
+    found = sample(steps, theta.softmax(-1), 8_000, seed=3)
     experience = prepared(row, found, theta, values, torch.zeros(5, 3), GAMMA)
     whole = -gradient(row, found, experience, theta, theta, torch.zeros(5, 3))
     scores = torch.eye(3, dtype=torch.float64)[found.actions] - theta.softmax(-1)[found.states]
-    each = torch.zeros(20_000, 5, 3, dtype=torch.float64)
+    each = torch.zeros(8_000, 5, 3, dtype=torch.float64)
     weight = experience.advantages * GAMMA ** found.layout.positions.double()
     each.index_put_((found.layout.sequence, found.states), weight.unsqueeze(-1) * scores, accumulate=True)
     close(each.mean(0), whole, 1e-12)
-    truth, error = exact_gradient(steps, theta), each.std(0) / 20_000**0.5
+    truth, error = exact_gradient(steps, theta), each.std(0) / 8_000**0.5
     assert ((whole - truth).abs() <= 4 * error + 1e-15).all()
     assert ((1.5 * truth - truth).abs() > 4 * error).any()
 
@@ -291,9 +291,9 @@ def test_rows_that_train_language_models_cross_the_lake(
     name: str, gamma: float, fitting: Callable[[Objective], Objective], settings: dict[str, float]
 ) -> None:
     mdp = frozen_lake(slippery=False, discount=gamma)
-    found: Trained = train(mdp, fitting(ALGORITHMS[name]), iterations=60, **settings)  # type: ignore[arg-type]
+    found: Trained = train(mdp, fitting(ALGORITHMS[name]), iterations=45, **settings)  # type: ignore[arg-type]
     best = value_iteration(mdp).values[0]
-    assert found.gains[0] < 0.02 and found.gains[-1] > 0.9 * best, f"{found.gains[-1]:.3f} of {best:.3f}"
+    assert found.gains[0] < 0.02 and found.gains[-1] > 0.85 * best, f"{found.gains[-1]:.3f} of {best:.3f}"
 
 
 def test_a_trust_region_keeps_each_step_inside() -> None:
@@ -327,7 +327,7 @@ def test_a_controller_moves_its_coefficient() -> None:
 def test_an_entropy_bonus_keeps_the_policy_open() -> None:
     mdp = two_states()
     row = row_of(ReturnToGo(0.9))
-    greedy, open_ = (train(mdp, r, iterations=40, rate=0.05).logits.softmax(-1) for r in (row, replace(row, bonus=EntropyBonus(2.0))))
+    greedy, open_ = (train(mdp, r, iterations=25, rate=0.08).logits.softmax(-1) for r in (row, replace(row, bonus=EntropyBonus(2.0))))
     assert greedy[0].max() > open_[0].max() + 0.05
 
 
