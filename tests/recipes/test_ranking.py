@@ -134,7 +134,7 @@ def test_an_answer_with_a_step_that_could_not_be_judged_is_left_out():
 def test_labelled_steps_are_what_a_process_reward_model_learns_from(shared, tmp_path):
     chains.write(tmp_path / "chains", chains.Chains(count=40))
     given = {"source": str(tmp_path / "chains" / "demonstrations.jsonl"), "template": "text"}
-    small = {"width": 16, "layers": 1, "heads": 2, "context": 64, "tokenizer": str(tmp_path / "chains" / "tokenizer")}
+    small = {"width": 16, "layers": 1, "heads": 2, "context": 64, "tokenizer": str(tmp_path / "chains" / "words")}
     start = sft.run(sft.Config.model_validate(shared | {"model": small, "data": given, "steps": 3, "batch": 8})).checkpoint
     settings = {"model": str(start), "data": given | {"source": str(tmp_path / "chains" / "prompts.jsonl")}, "sampling": {"max_tokens": 40}}
     made = ranking.run(ranking.Config.model_validate(shared | settings | {"rows": "steps", "reward": {"process": TRUTH}}))

@@ -118,6 +118,7 @@ RULES = """
 def even(prompts, completions, steps, lengths, **columns):
     assert len(prompts) == len(completions) == len(steps) == len(lengths)
     assert all(c.endswith(s) for c, s in zip(completions, steps)), (completions, steps)
+    assert columns["last"] == [False, True, True, False, False, True, True]
     return [None if s == "b=12" else float(len(s) + 10 * c.count("\\n")) for c, s in zip(completions, steps)]
 def short(steps): return [1.0]
 def raises(steps): raise KeyError("gold")
@@ -194,9 +195,10 @@ def test_what_cannot_be_had_is_refused(tmp_path: Path) -> None:
         rl_config(**unread)
     assert rl_config(**unread, algorithm="grpo").samples == 8
     (tmp_path / "rules.py").write_text(RULES)
-    rollouts = [replace(r, prompt=replace(r.prompt, columns={**r.prompt.columns, "steps": ["a"]})) for r in sampled()]
-    with pytest.raises(DataError, match="a column named steps"):
-        scoring({"process": f"{tmp_path / 'rules.py'}:even"}, MINE, CPU)(rollouts)
+    for name in ("steps", "last"):
+        rollouts = [replace(r, prompt=replace(r.prompt, columns={**r.prompt.columns, name: ["a"]})) for r in sampled()]
+        with pytest.raises(DataError, match=f"a column named {name}"):
+            scoring({"process": f"{tmp_path / 'rules.py'}:even"}, MINE, CPU)(rollouts)
 
 
 def rl_config(**settings: Any) -> rl.Config:

@@ -96,7 +96,8 @@ class StepModel:
 
 @dataclass(frozen=True)
 class StepFunction:
-    """A function that is asked once about all steps: `steps` are their texts, `completions` the answers up to and with each, and it gives a number, or None, for each."""
+    """A function that is asked once about all steps: `steps` are their texts, `completions` the answers up to and with each, `last` whether the answer ends with it.
+    It gives a number, or None, for each."""
 
     function: RewardFunction
     separator: str
@@ -105,13 +106,14 @@ class StepFunction:
         steps = [[step for step in text.completion.split(self.separator) if step.strip()] or [text.completion] for text in texts]
         counts = [len(own) for own in steps]
         columns = columns_of(rollouts)
-        if "steps" in columns:
+        if taken := [name for name in ("steps", "last") if name in columns]:
             raise DataError(
-                "the data has a column named steps, which a judge of steps already gets under that name: rename it with `columns:`."
+                f"the data has a column named {taken[0]}, which a judge of steps already gets under that name: rename it with `columns:`."
             )
         columns = {name: [value for value, n in zip(values, counts, strict=True) for _ in range(n)] for name, values in columns.items()}
         prompts = [text.prompt for text, n in zip(texts, counts, strict=True) for _ in range(n)]
         so_far = [self.separator.join(own[: k + 1]) for own in steps for k in range(len(own))]
-        said = self.function(prompts, so_far, columns | {"steps": [step for own in steps for step in own]})
+        columns |= {"steps": [step for own in steps for step in own], "last": [k == n - 1 for n in counts for k in range(n)]}
+        said = self.function(prompts, so_far, columns)
         values = iter(said.values)
         return [[next(values) for _ in range(n)] for n in counts], said.failures, said.message

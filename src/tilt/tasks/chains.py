@@ -7,7 +7,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Chains:
         for prompt in self.prompts(held_out=held_out):
             for number in range(each):
                 steps = self.answer(prompt, 1000 * seed + number, 0.5)
-                rows.append({"prompt": prompt, "steps": steps, "labels": right(prompt, steps)})
+                rows.append({"prompt": prompt, "steps": steps, "labels": right(prompt, steps, ended=True)})
         return rows
 
 
@@ -79,8 +79,9 @@ def read(prompt: str) -> tuple[int, list[int]]:
     return int(prompt[0]), [int(move) for move in re.findall(r"[a-z](\d)", prompt)]
 
 
-def right(prompt: str, steps: Sequence[str]) -> list[bool]:
-    """The truth of each step: it adds the prompt's next number to what the step before stated, and adds rightly. Steps too many are wrong.
+def right(prompt: str, steps: Sequence[str], *, ended: bool = False) -> list[bool]:
+    """The truth of each step: it adds the prompt's next number to what the step before stated, and adds rightly. Steps too many are wrong; of an
+    answer that has `ended`, so is the last step where further ones were asked for.
 
     "8a2b1c1=" with a8+2=1, b1+1=2, c2+1=3 → False, True, True: the later steps add rightly to a wrong sum.
     """
@@ -90,6 +91,8 @@ def right(prompt: str, steps: Sequence[str]) -> list[bool]:
         known = place < len(moves) and re.fullmatch(r"\d", stated) is not None
         labels.append(known and step == f"{NAMES[place]}{stated}+{moves[place]}={(int(stated) + moves[place]) % 10}")
         stated = step.rpartition("=")[2]
+    if ended:
+        labels[-1] &= len(steps) >= len(moves)
     return labels
 
 
@@ -99,9 +102,16 @@ def accuracy(prompt: str, completion: str) -> float:
     return sum(labels) / max(len(labels), len(read(prompt)[1]))
 
 
-def truth(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
-    """Whether the last step of each beginning of an answer is right, 1 or 0: a judge of steps."""
-    return [float(right(prompt, completion.split(SEPARATOR))[-1]) for prompt, completion in zip(prompts, completions, strict=True)]
+def truth(prompts: Sequence[str], completions: Sequence[str], last: Sequence[bool], **columns: object) -> list[float]:
+    """Whether the last step of each beginning of an answer is right, 1 or 0, where it is the answer's `last` step also its end: a judge of steps."""
+    asked = zip(prompts, completions, last, strict=True)
+    return [float(right(prompt, completion.split(SEPARATOR), ended=ended)[-1]) for prompt, completion, ended in asked]
+
+
+def outcome(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
+    """Whether the last sum of each answer is the prompt's, 1 or 0; no step is looked at."""
+    asked = ((*read(prompt), completion) for prompt, completion in zip(prompts, completions, strict=True))
+    return [float(completion.rpartition("=")[2] == str((start + sum(moves)) % 10)) for start, moves, completion in asked]
 
 
 def step_accuracy(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
@@ -110,14 +120,14 @@ def step_accuracy(prompts: Sequence[str], completions: Sequence[str], **columns:
 
 
 def write(folder: Path, task: Chains) -> None:
-    """The task as files: `demonstrations`, `labelled` and `prompts`, each as NAME.jsonl and NAME_held_out.jsonl, and its tokenizer in `tokenizer`."""
+    """The task as files, for recipes that hold prompts out themselves: demonstrations.jsonl, labelled.jsonl, prompts.jsonl, and its tokenizer in words/."""
     folder.mkdir(parents=True, exist_ok=True)
-    characters(ALPHABET).save_pretrained(folder / "tokenizer")
-    for held_out, ending in ((False, ""), (True, "_held_out")):
-        prompts = [{"prompt": prompt} for prompt in task.prompts(held_out=held_out)]
-        made = {"demonstrations": task.demonstrations(held_out=held_out), "labelled": task.labelled(held_out=held_out), "prompts": prompts}
-        for name, rows in made.items():
-            (folder / f"{name}{ending}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    characters(ALPHABET).save_pretrained(folder / "words")
+    whole = replace(task, held_out=0.0)
+    prompts = [{"prompt": prompt} for prompt in whole.prompts(held_out=False)]
+    made = {"demonstrations": whole.demonstrations(held_out=False, each=8), "labelled": whole.labelled(held_out=False), "prompts": prompts}
+    for name, rows in made.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
