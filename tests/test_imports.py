@@ -97,9 +97,15 @@ def test_objectives_know_torch_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "classic").rglob("*.py")), ids=lambda p: p.name)
 def test_classic_stands_on_the_mathematics_alone(path: Path) -> None:
-    """No language model is needed to learn from a table: rooms of the two lowest levels, torch, numpy, and gymnasium for the control half."""
+    """No language model is needed to learn from a table: rooms of the two lowest levels, torch, numpy, safetensors, and gymnasium for the control half."""
     assert {name.split(".")[1] for name in imported(path) if name.startswith("tilt.")} <= {"classic", *LEVELS[0], *LEVELS[1]}
-    assert {name.split(".")[0] for name in imported(path)} <= set(sys.stdlib_module_names) | {"torch", "numpy", "tilt", "gymnasium"}
+    assert {name.split(".")[0] for name in imported(path)} <= set(sys.stdlib_module_names) | {
+        "torch",
+        "numpy",
+        "safetensors",
+        "tilt",
+        "gymnasium",
+    }
 
 
 def loaded_by(statement: str) -> set[str]:

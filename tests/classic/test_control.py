@@ -30,13 +30,13 @@ METHODS = ("reinforce", "a2c", "ppo", "ppo-kl", "trpo")
 
 def quick(method: str, **changes: Any) -> OnPolicy:
     """Settings under which a method learns a toy in a second."""
-    common: dict[str, Any] = dict(envs=4, steps=64, lr=1e-2, hidden=(16,))
+    common: dict[str, Any] = dict(envs=4, length=64, lr=1e-2, hidden=(16,))
     own: dict[str, dict[str, Any]] = {
-        "reinforce": dict(steps=0, critic_passes=5),
-        "a2c": dict(steps=8),
+        "reinforce": dict(length=0, critic_passes=5),
+        "a2c": dict(length=8),
         "ppo": dict(batch=64, passes=4),
         "ppo-kl": dict(batch=64, passes=4),
-        "trpo": dict(steps=16, critic_passes=3),
+        "trpo": dict(length=16, critic_passes=3),
     }
     return OnPolicy(row(method, 0.5, 0.9, entropy=0.0), **{**common, **own[method], **changes})
 
@@ -241,7 +241,7 @@ def test_every_method_learns_which_action_is_rewarded(method: str, continuous: b
 @pytest.mark.parametrize("method", METHODS)
 def test_a_time_limit_is_no_end(method: str) -> None:
     """1 a step for ever, cut off after 8: V = 1 / (1 - .98) = 50, which only the bootstrap at the cut can find."""
-    settings = replace(quick(method, steps=0 if method == "reinforce" else 16, lr=0.1), row=row(method, 0.98, 1.0))
+    settings = replace(quick(method, length=0 if method == "reinforce" else 16, lr=0.1), row=row(method, 0.98, 1.0))
     learner = Learner(settings, Endless(4), 0)
     for _ in range(150):
         learner.iterate(0.0)

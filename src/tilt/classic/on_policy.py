@@ -28,7 +28,7 @@ Schedule = Literal["constant", "linear"]
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """How a row is trained: `steps` in each of `envs` environments a rollout (0: whole episodes), then `passes` over it in minibatches of `batch` actions (0: all).
+    """How a row is trained: `length` steps in each of `envs` environments a rollout (0: whole episodes), then `passes` over it in minibatches of `batch` actions (0: all).
 
     Adam for policy and critic, gradients clipped to `clip_norm`; a row with a trust region takes its step instead, and the critic alone has `critic_passes`.
     `schedule` linear brings lr, `clip_schedule` linear the clip, to 0 at the end.
@@ -36,7 +36,7 @@ class OnPolicy:
 
     row: Objective
     envs: int = 8
-    steps: int = 128
+    length: int = 128
     batch: int = 0
     passes: int = 1
     critic_passes: int = 0
@@ -52,7 +52,7 @@ class OnPolicy:
 
     def __post_init__(self) -> None:
         check_numbers(
-            self, at_least_one=("envs", "passes"), not_negative=("steps", "batch", "critic_passes", "clip_norm"), positive=("lr",)
+            self, at_least_one=("envs", "passes"), not_negative=("length", "batch", "critic_passes", "clip_norm"), positive=("lr",)
         )
         row = self.row
         if row.ratio.per_sequence or row.corrections or not isinstance(row.penalty, NoPenalty | OldKL | TrustRegion):
@@ -129,7 +129,7 @@ class Learner:
         if self.settings.clip_schedule == "linear":
             assert isinstance(row.surrogate, Clip)
             row = replace(row, surrogate=Clip(row.surrogate.low * left, row.surrogate.high * left))
-        rollout = self.collector.collect(self.policy, self.settings.steps)
+        rollout = self.collector.collect(self.policy, self.settings.length)
         old, experience = prepared(row, rollout, self.policy, self.critic)
         columns = Columns.of(rollout, old, experience)
         if self.together is not None:
