@@ -17,7 +17,6 @@ WORDS = {
             "`tilt trace NAME` prints one step of a row with every number of these formulas. [中文](notes.zh.md)"
         ),
         "head": "| lines | formula, step or metric | right form | function | test | correction |",
-        "classic": "`tilt.classic` (not yet built)",
         "inspect": "`tilt.inspect` (not yet built)",
         "proof": "an identity: the test alone",
     },
@@ -29,12 +28,11 @@ WORDS = {
             "`tilt trace NAME` 打印某算法一步更新中这些公式的全部数值。[English](notes.md)"
         ),
         "head": "| 行号 | 公式、步骤或指标 | 正确形式 | 函数 | 测试 | 更正 |",
-        "classic": "`tilt.classic`（尚未实现）",
         "inspect": "`tilt.inspect`（尚未实现）",
         "proof": "恒等式：仅由测试验证",
     },
 }
-ELSEWHERE = {"tilt.classic (not yet built)": "classic", "tilt.inspect (not yet built)": "inspect", "the test alone": "proof"}
+ELSEWHERE = {"tilt.inspect (not yet built)": "inspect", "the test alone": "proof"}
 
 
 def sections() -> list[dict[str, Any]]:
