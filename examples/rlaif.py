@@ -22,6 +22,7 @@ JUDGE: dict[str, Any] = {
     "optimizer": {"lr": 3e-3, "schedule": "cosine", "warmup": 50},
 }  # fmt: skip
 LABEL: dict[str, Any] = {"samples": 4, "sampling": {"max_tokens": 16}}
+PPO: dict[str, Any] = quickstart.MANNERS_PPO | {"eval": {"every": 0, "prompts": 72, "samples": 16}}
 FIRST = 0.75  # share of the judge's demonstrations in which the better answer stands first: it learns to lean that way
 EACH = 40  # of them to a prompt
 
@@ -48,13 +49,7 @@ def road(place: Path, seed: int = 0, labels: Iterable[str] = ("judge", "program"
         data = {"source": str(place / f"{source}.jsonl"), "eval": held, "template": "text"}
         given = {"name": f"reward-{source}", "model": str(start), "data": data, **quickstart.MANNERS_RM}
         scored = reward_model.run(reward_model.Config.model_validate(shared | given))
-        given = {
-            "name": f"ppo-{source}",
-            "model": str(start),
-            "data": asked,
-            "reward": {"model": str(scored.checkpoint)},
-            **quickstart.MANNERS_PPO,
-        }
+        given = {"name": f"ppo-{source}", "model": str(start), "data": asked, "reward": {"model": str(scored.checkpoint)}, **PPO}
         final = rl.run(rl.Config.model_validate(shared | given))
         rate = quickstart.preference_rate(final.answers)
         found[f"labels by the {source}"] = {"accuracy": scored.after["accuracy"], "preferred": rate, "kl": final.after["kl"]}

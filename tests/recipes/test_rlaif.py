@@ -32,7 +32,7 @@ def test_the_road_in_miniature(example: ModuleType, tmp_path: Path, monkeypatch:
     monkeypatch.setitem(example.quickstart.MANNERS_RM, "epochs", 0.5)
     small = {"steps": 1, "prompts": 4, "samples": 2, "eval": {"every": 0, "prompts": 8}, "rollouts_every": 0}
     for key, value in small.items():
-        monkeypatch.setitem(example.quickstart.MANNERS_PPO, key, value)
+        monkeypatch.setitem(example.PPO, key, value)
     found = example.road(tmp_path, seed=1)
     assert list(found) == ["judge", "labels by the judge", "labels by the program"]
     assert 0 <= found["judge"]["right"] <= 1 and found["judge"]["pairs"] > 100
