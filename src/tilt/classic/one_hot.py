@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tilt.classic.dynamics import Array, Discrete
+from tilt.classic.dynamics import Actions, Array, Discrete
 from tilt.classic.environments import Moved
 from tilt.classic.episodes import OUTCOME, World, draws, steps_of
 from tilt.classic.mdp import MDP
@@ -18,7 +18,8 @@ class OneHot:
         if count < 1:
             raise UsageError(f"envs={count} must be at least 1")
         self.mdp, self.world, self.limit = mdp, World.of(mdp), steps_of(mdp, None)
-        self.count, self.observation, self.actions = count, mdp.state_count, Discrete(mdp.action_count)
+        self.count, self.observation = count, mdp.state_count
+        self.actions: Actions = Discrete(mdp.action_count)
         self.rows = np.eye(mdp.state_count, dtype=np.float32)
         self._begin(seed)
 

@@ -82,7 +82,10 @@ TRPO: Mapping[str, tuple[int, dict[str, Any]]] = MappingProxyType(
 )  # fmt: skip
 DQN: Mapping[str, tuple[int, DeepQ]] = MappingProxyType(
     {
-        "CartPole-v1": (50_000, DeepQ()),
+        "CartPole-v1": (
+            50_000,
+            DeepQ(lr=1e-3, schedule="linear", hidden=(64, 64), buffer=50_000, every=32, updates=16, target=256, double=True, returns=3),
+        ),
         "Acrobot-v1": (100_000, DeepQ(lr=6.3e-4, batch=128, buffer=50_000, every=4, updates=4, target=250, epsilon_end=0.1, explore=0.12)),
         "MountainCar-v0": (120_000, DeepQ(lr=4e-3, batch=128, buffer=10_000, gamma=0.98, every=16, updates=8, target=600, epsilon_end=0.07, explore=0.2)),
         "": (200_000, DeepQ(lr=5e-4, batch=64, every=16, updates=8, target=500, epsilon_end=0.05, explore=0.2, double=True)),

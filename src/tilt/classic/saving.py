@@ -27,16 +27,11 @@ SLOTS = ("credit", "ratio", "surrogate", "average", "penalty", "value", "bonus",
 
 def save(agent: Agent, folder: Path, record: dict[str, Any] | None = None) -> Path:
     """Write an agent into a new folder, with a further record of its training."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise UsageError(f"{folder} exists already, and nothing is overwritten: choose another name") from None
     tensors = {f"policy.{name}": x for name, x in agent.policy.state_dict().items()}
     if agent.critic is not None:
         tensors |= {f"critic.{name}": x for name, x in agent.critic.state_dict().items()}
     if agent.observed is not None:
         tensors |= {f"observed.{name}": torch.from_numpy(x) for name, x in agent.observed.state().items()}
-    save_file({name: x.detach().clone().contiguous() for name, x in tensors.items()}, folder / "weights.safetensors")
     told = {
         "tilt": tilt.__version__,
         "environment": agent.environment,
@@ -47,21 +42,49 @@ def save(agent: Agent, folder: Path, record: dict[str, Any] | None = None) -> Pa
         "settings": plain(agent.settings),
         **(record or {}),
     }
-    written = folder / "agent.json.part"
+    return _write(folder, "agent.json", tensors, told)
+
+
+def save_table(folder: Path, tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> Path:
+    """Write what was found for a finite process into a new folder: its tensors, and table.json."""
+    return _write(folder, "table.json", tensors, {"tilt": tilt.__version__, **told})
+
+
+def is_table(folder: Path) -> bool:
+    """Whether a folder holds what was found for a finite process."""
+    return (folder / "table.json").exists()
+
+
+def load_table(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a folder, and what table.json says."""
+    return _read(folder, "table.json")
+
+
+def _write(folder: Path, name: str, tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> Path:
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise UsageError(f"{folder} exists already, and nothing is overwritten: choose another name") from None
+    save_file({key: x.detach().clone().contiguous() for key, x in tensors.items()}, folder / "weights.safetensors")
+    written = folder / f"{name}.part"
     written.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    os.replace(written, folder / "agent.json")
+    os.replace(written, folder / name)
     return folder
+
+
+def _read(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    try:
+        told = json.loads((folder / name).read_text(encoding="utf-8"))
+        return load_file(folder / "weights.safetensors"), told
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder} holds no saved agent: {Path(str(error.filename or error)).name} is missing") from None
+    except ValueError as error:
+        raise DataError(f"{folder}/{name} is damaged: {error}") from None
 
 
 def load(folder: Path) -> tuple[Agent, dict[str, Any]]:
     """The agent of a folder, and everything that agent.json says."""
-    try:
-        told = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "weights.safetensors")
-    except FileNotFoundError as error:
-        raise UsageError(f"{folder} holds no saved agent: {Path(str(error.filename or error)).name} is missing") from None
-    except ValueError as error:
-        raise DataError(f"{folder}/agent.json is damaged: {error}") from None
+    tensors, told = _read(folder, "agent.json")
     actions = Discrete(**told["actions"]) if "count" in told["actions"] else Continuous(*(tuple(x) for x in told["actions"].values()))
     settings, size, seed = _settings(told["settings"]), told["observation"], told["seed"]
 

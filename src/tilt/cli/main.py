@@ -148,6 +148,32 @@ def data_get(name: Annotated[str, typer.Argument(help="the name of a public set;
 
 
 @app.command()
+def classic(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ENV [key=value …] | eval RUN", help="an environment, then settings; or a saved agent to judge", show_default=False
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="value-iteration, policy-iteration, q-learning, sarsa, expected-sarsa, double-q; dqn, reinforce, a2c, ppo, ppo-kl, trpo"
+        ),
+    ] = "",
+    name: Annotated[str, typer.Option(help="the run's name; without one it is made up")] = "",
+    root: Annotated[str, typer.Option(help="the folder with the runs")] = "runs",
+    episodes: Annotated[int, typer.Option(help="episodes of the evaluation", min=1)] = 100,
+    stochastic: Annotated[bool, typer.Option("--stochastic", help="evaluate with drawn actions, not the likeliest")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Classic reinforcement learning: grids and control tasks, from value iteration to PPO; the agent is saved."""
+    from tilt.cli import classic as commands
+
+    commands.run(words or [], commands.Choices(method, name, root, episodes, stochastic, quiet))
+
+
+@app.command()
 def runs(
     root: Annotated[str, typer.Option(help="the folder with the runs")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="as one JSON list")] = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from tilt.recipes.finishing import Result
 from tilt.recipes.settings import Run
 from tilt.runs.files import atomic_write
 from tilt.runs.journal import Journal, read_metrics
-from tilt.runs.text import fence
+from tilt.runs.text import curve, fence
 from tilt.tasks import arithmetic, manners
 
 SUM_REWARD = "exact"
@@ -159,21 +159,6 @@ def report(found: Mapping[str, Result], place: Path, seconds: float) -> str:
             )
     again = f"tilt run {place}/addition/grpo/config.yaml name=mine algorithm=rloo"
     return text + f"\n{seconds:.0f} s in all; everything is in {place}\n{NEXT.format(again=again)}\n"
-
-
-def curve(title: str, values: Sequence[float], width: int = 72, height: int = 8) -> str:
-    """Values as a plot in characters: means of equal stretches of steps, one column each."""
-    columns = min(width, len(values))
-    means = [
-        sum(part) / len(part) for part in (values[i * len(values) // columns : (i + 1) * len(values) // columns] for i in range(columns))
-    ]
-    low, high = min(means), max(means)
-    levels = [round((mean - low) / max(high - low, 1e-9) * (height - 1)) for mean in means]
-    rows = ["".join("•" if level == row else " " for level in levels) for row in range(height - 1, -1, -1)]
-    marks = [f"{high:8.2f} ┤", *["         │"] * (height - 2), f"{low:8.2f} ┤"]
-    return "\n".join(
-        [title, *(mark + row for mark, row in zip(marks, rows, strict=True)), "         └" + "─" * columns + f" {len(values)}", ""]
-    )
 
 
 def _rows(found: Mapping[str, Result]) -> Iterable[tuple[str, str, str, str]]:

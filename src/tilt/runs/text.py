@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from rich.cells import cell_len
 
@@ -64,3 +65,18 @@ def fence(text: str) -> str:
     """Text as a Markdown block under a fence longer than any run of backticks within it."""
     ticks = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     return f"{ticks}text\n{inert(text, newline=chr(10))}\n{ticks}\n"
+
+
+def curve(title: str, values: Sequence[float], width: int = 72, height: int = 8) -> str:
+    """Values as a plot in characters: means of equal stretches of steps, one column each."""
+    columns = min(width, len(values))
+    means = [
+        sum(part) / len(part) for part in (values[i * len(values) // columns : (i + 1) * len(values) // columns] for i in range(columns))
+    ]
+    low, high = min(means), max(means)
+    levels = [round((mean - low) / max(high - low, 1e-9) * (height - 1)) for mean in means]
+    rows = ["".join("•" if level == row else " " for level in levels) for row in range(height - 1, -1, -1)]
+    marks = [f"{high:8.2f} ┤", *["         │"] * (height - 2), f"{low:8.2f} ┤"]
+    return "\n".join(
+        [title, *(mark + row for mark, row in zip(marks, rows, strict=True)), "         └" + "─" * columns + f" {len(values)}", ""]
+    )
