@@ -211,6 +211,22 @@ def test_without_a_discount_values_are_sums_until_the_end() -> None:
     close(occupancy(walk, uniform(walk)), torch.tensor([0, 1, 2, 3, 2, 1, 0], dtype=torch.float64))
 
 
+def test_without_a_discount_many_processes_are_solved_as_one_by_one() -> None:
+    """Five states, the last two of which end episodes; and one process among many that never ends is found."""
+    base = random_processes(7, states=5, seed=9)
+    mdp = MDP.of(base.transition, base.reward, discount=1.0, terminal=[3, 4])
+    policy = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64).softmax(-1)
+    for i in range(7):
+        one = MDP.of(base.transition[i], base.reward[i], discount=1.0, terminal=[3, 4])
+        close(evaluate(mdp, policy)[i], evaluate(one, policy[i]))
+        close(occupancy(mdp, policy)[i], occupancy(one, policy[i]))
+        close(policy_iteration(mdp, initial=policy).values[i], policy_iteration(one, initial=policy[i]).values, 1e-10)
+    shut = base.transition.clone()
+    shut[4, 2] = torch.eye(5, dtype=torch.float64)[2]
+    with pytest.raises(UsageError, match=r"from 1 state\(s\), 2 the first"):
+        evaluate(MDP.of(shut, base.reward, discount=1.0, terminal=[3, 4]), policy)
+
+
 def test_without_a_discount_a_policy_may_go_on_where_it_earns_nothing() -> None:
     """Round and round for nothing has the value 0; round and round for a reward has none, and the state is named."""
     mdp = frozen_lake(slippery=False, discount=1.0)
