@@ -524,6 +524,14 @@ def test_statistics_take_the_dtype_of_the_scores_and_carry_no_graph() -> None:
     assert scores.requires_grad and not any(x.requires_grad for x in found) and quiet.span.rejected.tolist() == [-2, -4]
 
 
+def test_statistics_that_nobody_measured_pull_nothing() -> None:
+    """What a row does not read may be NaN, and its slope is 0: the pull stays finite."""
+    pairs, row = case(3).pairs(), PREFERENCES["dpo"]
+    slopes = row.slopes(pairs.detach())
+    unmeasured = replace(pairs, chosen=replace(pairs.chosen, heads=torch.full_like(pairs.chosen.heads, torch.nan)))
+    assert pull(unmeasured, slopes).isfinite() and torch.equal(pull(unmeasured, slopes), pull(pairs, slopes))
+
+
 def test_a_pull_is_the_sum_of_slopes_times_statistics() -> None:
     pairs, row = case(3).pairs(), PREFERENCES["kto"]
     slopes = row.slopes(pairs)
