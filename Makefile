@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 ENV    := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help quickstart test test-all mutants lint format bench clean
+.PHONY: help quickstart test test-all mutants lint format bench classic-bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,10 +32,14 @@ format: $(VENV)/.installed-dev  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-dev  ## every benchmark of benchmarks/, one after the other
-	@set -e; found=0; for file in benchmarks/*.py; do \
+bench: $(VENV)/.installed-dev  ## the benchmarks of language models, one after the other
+	@set -e; found=0; for file in $(filter-out benchmarks/classic.py benchmarks/versus_sb3.py,$(wildcard benchmarks/*.py)); do \
 	  test -e "$$file" || continue; found=1; echo "== $$file"; HF_HUB_OFFLINE=1 $(BIN)/python "$$file"; \
 	done; test $$found = 1 || { echo "benchmarks/ holds no benchmark yet"; exit 1; }
+
+classic-bench: $(VENV)/.installed-dev  ## control: every preset over five seeds into docs/classic/control.md (hours), and steps a second against Stable-Baselines3
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/classic.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/versus_sb3.py
 
 clean:  ## remove the environment, caches and builds; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

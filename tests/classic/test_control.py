@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -258,12 +259,18 @@ def test_a_seed_fixes_everything(method: str) -> None:
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
 
 
-def test_the_trust_region_holds() -> None:
-    learner = Learner(quick("trpo"), Identity(4), 0)
+@pytest.mark.parametrize("continuous", [False, True])
+def test_the_trust_region_holds(continuous: bool) -> None:
+    """Also against a copy of the old policy, which nothing that the step moves can reach."""
+    learner = Learner(quick("trpo", length=64), Identity(4, continuous), 0)
+    seen = torch.from_numpy(np.eye(2, dtype=np.float32)[np.arange(200) % 2])
     for _ in range(3):
+        before = copy.deepcopy(learner.policy)
         learner.iterate(0.0)
         assert learner.taken is not None and learner.taken.accepted
         assert 0 < learner.taken.kl <= 0.01 and learner.taken.improvement > 0
+        with torch.no_grad():
+            assert 0.2 * learner.taken.kl < float(learner.policy(seen).kl_from(before(seen)).mean()) < 2 * learner.taken.kl
 
 
 def test_the_controller_moves_the_penalty() -> None:

@@ -36,7 +36,8 @@ class Distribution(Protocol):
     def mode(self) -> Tensor:
         """The likeliest action of each state."""
 
-    def detach(self) -> Distribution: ...
+    def frozen(self) -> Distribution:
+        """The same numbers, whatever the policy becomes: a parameter among them is copied."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Categorical:
     def mode(self) -> Tensor:
         return self.logits.argmax(-1)
 
-    def detach(self) -> Categorical:
+    def frozen(self) -> Categorical:
         return Categorical(self.logits.detach())
 
 
@@ -95,8 +96,8 @@ class Gaussian:
     def mode(self) -> Tensor:
         return self.mean
 
-    def detach(self) -> Gaussian:
-        return Gaussian(self.mean.detach(), self.log_std.detach())
+    def frozen(self) -> Gaussian:
+        return Gaussian(self.mean.detach(), self.log_std.detach().clone())
 
 
 class Perceptron(nn.Module):

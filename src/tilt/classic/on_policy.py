@@ -169,7 +169,7 @@ class Learner:
 def prepared(row: Objective, rollout: Rollout, policy: Policy, critic: Critic) -> tuple[Distribution, Experience]:
     """The old policy in every state, and the rollout's experience: V(last observation) where a piece was cut off, 0 where its episode ended."""
     with torch.no_grad():
-        old = policy(rollout.observations)
+        old = policy(rollout.observations).frozen()
         values = critic(torch.cat((rollout.observations, rollout.last)))
         before, after = values.split((len(rollout.actions), len(rollout.ended)))
         final = torch.where(rollout.ended, 0.0, after)
@@ -235,7 +235,7 @@ def natural_step(row: Objective, rollout: Rollout, old: Distribution, experience
     """A step of the policy to the edge of the row's trust region, or none; the Fisher products on an even `share` of the pieces of episodes."""
     rule, parameters = row.penalty, list(policy.parameters())
     assert isinstance(rule, TrustRegion)
-    columns, before = Columns.of(rollout, old, experience), old.detach()
+    columns = Columns.of(rollout, old, experience)
     gradient = torch.autograd.grad(-policy_loss(row, columns, policy), parameters)
     count = max(1, round(rule.share * rollout.layout.sequences))
     chosen = rollout.layout.actions_of((torch.arange(count) / rule.share).long())
@@ -248,7 +248,7 @@ def natural_step(row: Objective, rollout: Rollout, old: Distribution, experience
 
     def measure() -> tuple[float, float]:
         with torch.no_grad():
-            return -float(policy_loss(row, columns, policy)), float(policy(rollout.observations).kl_from(before).mean())
+            return -float(policy_loss(row, columns, policy)), float(policy(rollout.observations).kl_from(old).mean())
 
     return trust_region_step(
         parameters, gradient, hessian_product(apart, parameters), measure,
