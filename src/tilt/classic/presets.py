@@ -34,8 +34,11 @@ class Preset:
     steps: int
 
 
-def row(method: str, gamma: float, lam: float = 0.95, *, entropy: float = 0.0, value: float = 0.5) -> Objective:
-    """The table's row of a method with an environment's discount: mean over actions, a critic, an entropy bonus where it is above 0."""
+def row(method: str, gamma: float, lam: float = 0.95, *, entropy: float = 0.0, value: float = 1.0) -> Objective:
+    """The table's row of a method with an environment's discount: mean over actions, a critic, an entropy bonus where it is above 0.
+
+    `value` 1 is (V - R)^2 / 2 in the loss, what Stable-Baselines3 calls 0.5.
+    """
     credit: Credit = GAE(gamma, lam, whitened=method != "a2c")
     if method == "reinforce":
         credit = ReturnToGo(gamma, baseline="critic", whitened=True)
