@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tilt.classic.agents import Agent, Report, Trained, check_numbers
 from tilt.classic.dynamics import Discrete
 from tilt.classic.environments import Environments
-from tilt.classic.flat import FlatAdam
+from tilt.classic.flat import FlatAdam, owned
 from tilt.classic.networks import ActionValues, Activation
 from tilt.classic.rollouts import NOISE, REPLAY, ROWS, counted
 from tilt.errors import NumericError, UsageError
@@ -133,6 +133,7 @@ def train(
             learner.learn()
         if progress is not None:
             progress(Report(learner.steps, steps, learner.finished))
+    owned(learner.q)
     agent = Agent(name, method, settings, environments.actions, learner.q, None, None, seed)
     return Trained(agent, learner.finished, learner.steps)
 

@@ -32,3 +32,10 @@ class FlatAdam:
             slope *= self.clip_norm / norm
         self.vector.grad = slope
         self.inner.step()
+
+
+def owned(module: nn.Module) -> nn.Module:
+    """The module with each parameter in storage of its own again, so that it computes to the bit what a loaded copy does."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
+    return module

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tilt.classic.agents import Agent, Report, Trained, check_numbers
 from tilt.classic.environments import Environments
-from tilt.classic.flat import FlatAdam
+from tilt.classic.flat import FlatAdam, owned
 from tilt.classic.networks import Activation, Categorical, Critic, Distribution, Gaussian, Policy
 from tilt.classic.normalisation import RewardScale, Running
 from tilt.classic.rollouts import SHUFFLE, Collector, Rollout, counted
@@ -98,6 +98,8 @@ def train(
         learner.iterate(min(1.0, learner.collector.steps / steps))
         if progress is not None:
             progress(Report(learner.collector.steps, steps, learner.collector.finished))
+    owned(learner.policy)
+    owned(learner.critic)
     agent = Agent(name, method, settings, environments.actions, learner.policy, learner.critic, learner.collector.observed, seed)
     return Trained(agent, learner.collector.finished, learner.collector.steps)
 
