@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import math
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {"id", "lines", "formula", "en", "zh", "function", "test"}
@@ -22,11 +22,7 @@ MENDED = FIELDS | {"errata", "correction_en", "correction_zh"}
 
 @cache
 def make_notes() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_notes", ROOT / "docs" / "make_notes.py")
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    return load(ROOT / "docs" / "make_notes.py")
 
 
 @cache

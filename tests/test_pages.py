@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import load
 
 from tilt.objectives import ALGORITHMS, PREFERENCES
 
@@ -15,10 +15,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def test_every_row_has_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DOCS))
-    spec = importlib.util.spec_from_file_location("make_pages", DOCS / "make_pages.py")
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
+    made = load(DOCS / "make_pages.py")
     sys.modules.pop("make_curve", None)
     told = made.advice()
     assert list(told) and set(told) == {*ALGORITHMS, *PREFERENCES}, (

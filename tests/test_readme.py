@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
+from scripts import load
 
 from tilt.cli.main import _known, main
 from tilt.config import read_file, read_value
@@ -39,11 +39,7 @@ def threads() -> Iterator[None]:
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(ROOT / "docs" / f"{name}.py")
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from functools import cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
+from scripts import load
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "classic"
@@ -19,11 +19,7 @@ HEAD = "| formula | line | in |\n|---|---|---|\n"
 
 @cache
 def made() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_classic", ROOT / "docs" / "make_classic.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(ROOT / "docs" / "make_classic.py")
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)

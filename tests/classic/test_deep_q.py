@@ -34,15 +34,15 @@ def test_it_is_q_learning_bit_for_bit(slippery: bool) -> None:
     for episode in range(20):
         drawn = draws(4, episode)
         next(drawn)
-        length = len(learner.finished)
-        while len(learner.finished) == length:
+        length = len(learner.book.finished)
+        while len(learner.book.finished) == length:
             now = next(drawn)
             learner._step(np.array([now[EXPLORE] < 0.3]), np.array([now[ACTION]]))
             learner.learn()
     found = learner.q.body.weight.detach().T
     assert torch.equal(found, exact.q)
-    assert [earned for _, earned, _ in learner.finished] == exact.returns.tolist()
-    assert [length for *_, length in learner.finished] == exact.lengths.tolist()
+    assert [earned for _, earned, _ in learner.book.finished] == exact.returns.tolist()
+    assert [length for *_, length in learner.book.finished] == exact.lengths.tolist()
     assert bool(found.any())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import load
 
 from tilt.objectives import ALGORITHMS, GLOSSARY, PREFERENCES, Outputs, Pairs, batch_metrics, card
 from tilt.objectives.card import WORDS, name_of, words
@@ -20,9 +20,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def test_the_page_is_what_the_code_says() -> None:
     """`python docs/make_algorithms.py` would change nothing: tables, pieces, what each row is unbiased for, and the glossary."""
-    spec = importlib.util.spec_from_file_location("make_algorithms", DOCS / "make_algorithms.py")
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
+    made = load(DOCS / "make_algorithms.py")
     page = (DOCS / "algorithms.md").read_text(encoding="utf-8")
     assert made.rewritten(page) == page
     changed = page.replace("clip(high=0.28)", "clip(high=0.3)")

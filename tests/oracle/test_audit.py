@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import load
 from torch import Tensor
 
 from tilt.objectives import (
@@ -349,11 +349,7 @@ def test_the_agreement_can_fail() -> None:
 
 
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_audit", DOCS / "make_audit.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(DOCS / "make_audit.py")
 
 
 def recorded() -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load
 
 from tilt.recipes import rl
 from tilt.tasks import manners
@@ -15,11 +15,7 @@ from tilt.tasks import manners
 
 @pytest.fixture
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("rlaif_example", Path(__file__).parents[2] / "examples" / "rlaif.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(Path(__file__).parents[2] / "examples" / "rlaif.py")
 
 
 def test_the_road_in_miniature(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

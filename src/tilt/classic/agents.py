@@ -102,3 +102,9 @@ def check_numbers(
         for name in names:
             if not fine(getattr(settings, name)):
                 raise UsageError(f"{kind}: {name}={getattr(settings, name)} {told}")
+
+
+def check_training(envs: int, environments: Environments, steps: int) -> None:
+    """Refuse to train for no steps, or on another number of environments than the settings say."""
+    if steps < 1 or environments.count != envs:
+        raise UsageError(f"train: steps={steps} must be at least 1 and envs={envs} be the {environments.count} environments given")

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tilt.classic.agents import Agent, Report, Trained, check_numbers
+from tilt.classic.agents import Agent, Report, Trained, check_numbers, check_training
 from tilt.classic.dynamics import Discrete
 from tilt.classic.environments import Environments
 from tilt.classic.flat import FlatAdam, owned
 from tilt.classic.networks import ActionValues, Activation
-from tilt.classic.rollouts import NOISE, REPLAY, ROWS, counted
+from tilt.classic.rollouts import NOISE, REPLAY, ROWS, Book, counted
 from tilt.errors import NumericError, UsageError
 
 
@@ -124,18 +124,16 @@ def train(
     method: str = "dqn",
 ) -> Trained:
     """Step, store, and learn every so often, until `steps` steps have been taken in all environments together."""
-    if steps < 1 or environments.count != settings.envs:
-        raise UsageError(f"train: steps={steps} must be at least 1 and envs={settings.envs} be the {environments.count} environments given")
+    check_training(settings.envs, environments, steps)
     learner = DeepQLearner(settings, environments, seed, steps)
     while learner.steps < steps:
         learner.play(min(settings.every, steps - learner.steps))
         if learner.steps > settings.learn_after:
             learner.learn()
         if progress is not None:
-            progress(Report(learner.steps, steps, learner.finished))
-    owned(learner.q)
-    agent = Agent(name, method, settings, environments.actions, learner.q, None, None, seed)
-    return Trained(agent, learner.finished, learner.steps)
+            progress(Report(learner.steps, steps, learner.book.finished))
+    agent = Agent(name, method, settings, environments.actions, owned(learner.q), None, None, seed)
+    return Trained(agent, learner.book.finished, learner.steps)
 
 
 class DeepQLearner:
@@ -158,8 +156,12 @@ class DeepQLearner:
         self.replay = Replay(settings.buffer, environments.observation, self.dtype)
         self.ahead = Ahead(self.replay, settings.returns, settings.gamma, environments.count)
         self.now = environments.reset(seed)
-        self.steps, self.moves, self.learned, self.finished = 0, 0, 0, []  # type: ignore[var-annotated]
-        self.earned, self.length = np.zeros(environments.count), np.zeros(environments.count, dtype=np.int64)
+        self.book, self.moves, self.learned = Book(environments.count), 0, 0
+
+    @property
+    def steps(self) -> int:
+        """Steps taken in all environments together."""
+        return self.book.steps
 
     @property
     def epsilon(self) -> float:
@@ -191,14 +193,9 @@ class DeepQLearner:
             actions = np.where(explore, actions, best)
         before, moved = self.now, self.environments.step(actions)
         over = moved.terminated | moved.truncated
-        self.steps += self.environments.count
-        self.earned += moved.rewards
-        self.length += 1
+        self.book.add(moved.rewards, over)
         for i in range(self.environments.count):
             self.ahead.add(i, before[i], int(actions[i]), float(moved.rewards[i]), moved.last[i], bool(moved.terminated[i]), bool(over[i]))
-            if over[i]:
-                self.finished.append((self.steps, float(self.earned[i]), int(self.length[i])))
-                self.earned[i], self.length[i] = 0.0, 0
         self.now = moved.observations
 
     def learn(self) -> None:

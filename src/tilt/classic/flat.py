@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class FlatAdam:
@@ -34,7 +37,7 @@ class FlatAdam:
         self.inner.step()
 
 
-def owned(module: nn.Module) -> nn.Module:
+def owned(module: Module) -> Module:
     """The module with each parameter in storage of its own again, so that it computes to the bit what a loaded copy does."""
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()

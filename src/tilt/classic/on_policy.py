@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tilt.classic.agents import Agent, Report, Trained, check_numbers
+from tilt.classic.agents import Agent, Report, Trained, check_numbers, check_training
 from tilt.classic.environments import Environments
 from tilt.classic.flat import FlatAdam, owned
 from tilt.classic.networks import Activation, Categorical, Critic, Distribution, Gaussian, Policy
@@ -91,16 +91,14 @@ def train(
     method: str = "",
 ) -> Trained:
     """Roll out, prepare, update, and again until `steps` steps have been taken in all environments together."""
-    if steps < 1 or environments.count != settings.envs:
-        raise UsageError(f"train: steps={steps} must be at least 1 and envs={settings.envs} be the {environments.count} environments given")
+    check_training(settings.envs, environments, steps)
     learner = Learner(settings, environments, seed)
     while learner.collector.steps < steps:
         learner.iterate(min(1.0, learner.collector.steps / steps))
         if progress is not None:
             progress(Report(learner.collector.steps, steps, learner.collector.finished))
-    owned(learner.policy)
-    owned(learner.critic)
-    agent = Agent(name, method, settings, environments.actions, learner.policy, learner.critic, learner.collector.observed, seed)
+    policy, critic = owned(learner.policy), owned(learner.critic)
+    agent = Agent(name, method, settings, environments.actions, policy, critic, learner.collector.observed, seed)
     return Trained(agent, learner.collector.finished, learner.collector.steps)
 
 

@@ -40,6 +40,35 @@ class Rollout:
     ended: Tensor
 
 
+class Book:
+    """Steps taken in N environments together, and (steps taken by then, return, length) of every episode that is over, as the environment pays."""
+
+    def __init__(self, environments: int) -> None:
+        self.earned, self.length = np.zeros(environments), np.zeros(environments, dtype=np.int64)
+        self.steps = 0
+        self.finished: list[tuple[int, float, int]] = []
+
+    def add(self, rewards: Array, over: Array, going: Array | None = None) -> None:
+        """A step of every environment [N], or of those that are `going` alone."""
+        if going is None:
+            self.steps += len(rewards)
+            self.earned += rewards
+            self.length += 1
+        else:
+            self.steps += int(going.sum())
+            self.earned += rewards * going
+            self.length += going
+            over = over & going
+        if over.any():
+            for i in np.flatnonzero(over).tolist():
+                self.finished.append((self.steps, float(self.earned[i]), int(self.length[i])))
+            self.drop(over)
+
+    def drop(self, which: Array | slice = slice(None)) -> None:
+        """Begin the count of these environments' episodes anew."""
+        self.earned[which], self.length[which] = 0.0, 0
+
+
 class Collector:
     """Plays a policy in N environments: what goes on from rollout to rollout is where the episodes stand, and what has been seen of observations and rewards.
 
@@ -50,10 +79,17 @@ class Collector:
         self.environments, self.scale, self.observed = environments, scale, observed
         self.now = environments.reset(seed)
         self.noise = _noise(environments, seed)
-        self.earned, self.length = np.zeros(environments.count), np.zeros(environments.count, dtype=np.int64)
-        self.steps = 0
-        self.finished: list[tuple[int, float, int]] = []
-        """Steps taken by then, return and length of every episode that is over, as the environment pays."""
+        self.book = Book(environments.count)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken in all environments together."""
+        return self.book.steps
+
+    @property
+    def finished(self) -> list[tuple[int, float, int]]:
+        """The episodes that are over."""
+        return self.book.finished
 
     def seen(self, observations: Array) -> Array:
         """Observations as the networks see them."""
@@ -64,7 +100,7 @@ class Collector:
         whole = steps == 0
         if whole and self.steps:
             self.now = self.environments.reset()
-            self.earned[:], self.length[:] = 0, 0
+            self.book.drop()
         waiting = np.zeros(self.environments.count, dtype=bool)
         kept: list[tuple[Array, ...]] = []
         while len(kept) < steps or (whole and not waiting.all()):
@@ -73,7 +109,9 @@ class Collector:
             moved = self.environments.step(actions)
             kept.append((self.now, actions, moved.rewards, moved.terminated, moved.terminated | moved.truncated, moved.last, ~waiting))
             self.now = moved.observations
-            self._book(moved.rewards, kept[-1][4], waiting if whole else None)
+            self.book.add(moved.rewards, kept[-1][4], ~waiting if whole else None)
+            if whole:
+                waiting |= kept[-1][4]
         columns = tuple(np.stack(column) for column in zip(*kept, strict=True))
         observations, actions, rewards, terminated, over, last, alive = columns
         over = over.copy()
@@ -96,25 +134,6 @@ class Collector:
             torch.from_numpy(self.seen(flat(last)[flat.stops])),
             torch.from_numpy(flat(terminated)[flat.stops]),
         )
-
-    def _book(self, rewards: Array, over: Array, waiting: Array | None) -> None:
-        """Count steps, returns and lengths; an environment that waits for the others does neither."""
-        if waiting is None:
-            self.steps += self.environments.count
-            self.earned += rewards
-            self.length += 1
-            done = over
-        else:
-            going = ~waiting
-            self.steps += int(going.sum())
-            self.earned += rewards * going
-            self.length += going
-            done = over & going
-            waiting |= done
-        if done.any():
-            for i in np.flatnonzero(done).tolist():
-                self.finished.append((self.steps, float(self.earned[i]), int(self.length[i])))
-            self.earned[done], self.length[done] = 0.0, 0
 
 
 class Flat:

@@ -124,11 +124,9 @@ COLUMNS = (
 
 def cells(found: Audit) -> tuple[str, ...]:
     """A row of the table of all audits: figures are of small batches, variance is per answer over the squared gradient."""
-    passed = sum(check.passed for check in found.checks)
-    checks = f"{passed} of {len(found.checks)}" if passed < len(found.checks) else "all"
     return (
         found.name, found.statement, f"{found.cosine:.3f}", f"{100 * found.error:.0f} %", f"{found.noise:.3g}", f"{found.noise / found.noise_rloo:.2f}",
-        found.pull, found.critic, checks, found.verdict,
+        found.pull, found.critic, passed(found), found.verdict,
     )  # fmt: skip
 
 
@@ -137,9 +135,13 @@ PAIR_COLUMNS = ("row", "mean loss over all labels", "first step", "checks", "ver
 
 def pair_cells(found: PairAudit) -> tuple[str, ...]:
     """A row of the table of audits of the second table."""
-    passed = sum(check.passed for check in found.checks)
-    checks = f"{passed} of {len(found.checks)}" if passed < len(found.checks) else "all"
-    return (found.name, found.statement, f"{found.cosine:.3f}", checks, found.verdict)
+    return (found.name, found.statement, f"{found.cosine:.3f}", passed(found), found.verdict)
+
+
+def passed(found: Audit | PairAudit) -> str:
+    """How many checks passed: `7 of 9`, or `all`."""
+    count = sum(check.passed for check in found.checks)
+    return f"{count} of {len(found.checks)}" if count < len(found.checks) else "all"
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int]) -> Table:

@@ -254,13 +254,14 @@ def _settings(own: OnPolicy | DeepQ, given: dict[str, Any], method: str) -> OnPo
 
 
 def _progress(choices: Choices, start: float) -> Any:
-    marks = iter(range(1, 11))
-    due = [next(marks)]
+    """Tells of each tenth of the training once it has been reached."""
+    told = 0
 
     def tell(report: Report) -> None:
-        if report.steps * 10 >= due[0] * report.total:
-            while due[0] <= 10 and report.steps * 10 >= due[0] * report.total:
-                due[0] += 1
+        nonlocal told
+        reached = min(10, report.steps * 10 // report.total)
+        if reached > told:
+            told = reached
             speed = report.steps / (time.perf_counter() - start)
             _say(f"  {report.steps:>9,} steps   return of the last 100 episodes {report.recent:8.1f}   {speed:,.0f} steps/s", choices)
 

@@ -187,7 +187,7 @@ class Learner:
         autocast = nullcontext if isinstance(objective.penalty, TrustRegion) else self.autocast
         tally = Tally(Meter(), Channels(experience.layout, batch.sampler.dtype, watch), [list[Any]() for _ in objective.measures])
         fresh = settings.steps == 1 and not torch.isfinite(experience.signals.old).all()
-        updates, note = 0, ""
+        updates, note, count = 0, "", int(live.sum())
         for part, scale in self._minibatches(live, step):
             if len(part) == 0:
                 self._pass_over(only_critic)
@@ -201,8 +201,8 @@ class Learner:
                     said = self._forward(small, objective, temperature, anchor)
                 if fresh:
                     share = replace(share, signals=replace(share.signals, old=said.logprobs.detach()))
-                loss = self._backward(small, said, share, objective, scale)
-                gaps.see(said, share, tally.add(micro, said, share, objective, scale, loss, len(micro) / int(live.sum())))
+                loss = self._backward(small, said, share, objective, scale, watch)
+                gaps.see(said, share, tally.add(micro, said, share, objective, scale, loss, len(micro) / count))
             if updates == 0:
                 note = gaps.check(settings.max_gap, tally.channels.values["first"], explain)
                 tally.meter.add(gaps.metrics())
@@ -215,17 +215,17 @@ class Learner:
             self._step(tally.meter, small, only_critic, move)
             updates += 1
         self.version += updates > 0
-        found = tally.read(objective) | lr | {"skipped": float(updates == 0), "sequences/trained": float(live.sum())}
+        found = tally.read(objective) | lr | {"skipped": float(updates == 0), "sequences/trained": float(count)}
         if other is not None and objective.against == "old":
             found |= {"policy/kl_old": self._distance(batch, live, experience, other, temperature)}
         return Report(found, tally.channels.values, live, note)
 
-    def _backward(self, small: Pack, said: Outputs, share: Experience, objective: Objective, scale: float) -> Tensor:
-        """Add the gradient of a micro-batch; its part of the loss, detached."""
+    def _backward(self, small: Pack, said: Outputs, share: Experience, objective: Objective, scale: float, watch: bool) -> Tensor:
+        """Add the gradient of a micro-batch, and keep that of its log-probabilities where they are watched; its part of the loss, detached."""
         loss = objective.loss(said, share) * scale
         if not torch.isfinite(loss):
             raise NonFinite(_culprit(said, share, objective), small, share)
-        if said.logprobs.requires_grad:
+        if watch and said.logprobs.requires_grad:
             said.logprobs.retain_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach() / scale

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from tilt.data.rendering import TURNS
 from tilt.data.rollouts import Prompt, Rollout
 from tilt.errors import DataError
 from tilt.models.saving import fingerprint
@@ -151,7 +152,7 @@ def _made(
 
 def asked(prompt: Prompt, text: Text) -> Any:
     """A prompt as its data had it: turns, or text."""
-    return prompt.columns.get("prompt_turns", prompt.columns.get("prompt", text.prompt))
+    return prompt.columns.get(TURNS, prompt.columns.get("prompt", text.prompt))
 
 
 def labelled(
