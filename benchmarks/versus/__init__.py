@@ -1,0 +1,1 @@
+"""What the comparison with TRL is made of: the workloads, and one program for each side."""

@@ -1,0 +1,87 @@
+"""The workloads of the comparison with TRL: shapes, lengths and where answers stop. Read by both sides, so it imports nothing but the standard library."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from typing import Any
+
+END = "<end>"
+PAD = "<pad>"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of the Qwen3 family with tied embeddings."""
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    inner: int
+    vocabulary: int
+
+    def config(self, context: int) -> dict[str, Any]:
+        """Arguments of transformers' Qwen3Config."""
+        return {
+            "vocab_size": self.vocabulary, "hidden_size": self.width, "intermediate_size": self.inner, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.width // self.heads,
+            "max_position_embeddings": context, "tie_word_embeddings": True,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Answers of GRPO: `answers` a step in groups of `samples`, prompts of `prompt` tokens, at most `new` sampled ones; with `stops` answers end where `lengths` says."""
+
+    shape: Shape
+    prompt: int
+    new: int
+    samples: int
+    answers: int
+    stops: bool = False
+
+    @property
+    def prompts(self) -> int:
+        return self.answers // self.samples
+
+    def lengths(self, seed: int = 0) -> list[int]:
+        """Sampled tokens of each answer of a step. Without stops all have `new`; with them an uneven list: median 24 and maximum 128 of 128."""
+        if not self.stops:
+            return [self.new] * self.answers
+        rng = random.Random(seed)
+        drawn = [min(self.new, max(2, round(24 * rng.lognormvariate(0, 0.9)))) for _ in range(self.answers - 2)]
+        return rng.sample([self.new, 24, *drawn], self.answers)
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+SMALL = Shape(width=128, layers=4, heads=4, kv_heads=2, inner=384, vocabulary=1024)
+WORKLOADS = {
+    "W1": Workload(SMALL, prompt=64, new=64, samples=8, answers=64),
+    "W2": Workload(SMALL, prompt=512, new=128, samples=16, answers=64),
+    "W3": Workload(Shape(256, 4, 4, 2, 768, 151_936), prompt=128, new=64, samples=8, answers=32),
+    "W4": Workload(Shape(512, 8, 8, 4, 1536, 4096), prompt=256, new=128, samples=8, answers=64, stops=True),
+}
+
+
+def words(size: int) -> list[str]:
+    """A vocabulary of so many words, one token each; the last two end and pad."""
+    return [*(f"w{i}" for i in range(size - 2)), END, PAD]
+
+
+def prompts(work: Workload, count: int, seed: int = 0) -> list[str]:
+    """Prompts of exactly `work.prompt` tokens."""
+    rng = random.Random(seed)
+    return [" ".join(f"w{rng.randrange(work.shape.vocabulary - 2)}" for _ in range(work.prompt)) for _ in range(count)]
+
+
+def worth(completion: str) -> float:
+    """A reward that depends on the answer alone and differs within every group: a hash of its text, in [0, 1)."""
+    return sum(ord(c) * (i + 1) for i, c in enumerate(completion)) % 9973 / 9973
+
+
+def worths(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """The same as a reward function of Tilt."""
+    return [worth(text) for text in completions]
