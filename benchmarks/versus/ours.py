@@ -72,10 +72,10 @@ def main() -> None:
     from contextlib import ExitStack
 
     from tilt.recipes import opening
-    from tilt.recipes.rl import IMPORTANT, _open, train
+    from tilt.recipes.rl import IMPORTANT, assembled, train
 
     with ExitStack() as ending:
-        opened = _open(config, ending)
+        opened = assembled(config, ending)
         steps = Steps(opened.parts.source)
         directory, journal = opening.directory(config, "rl", opened.model, config.steps, IMPORTANT)
         plain = journal.step

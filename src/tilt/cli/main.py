@@ -193,6 +193,38 @@ def env() -> None:
 
 
 @app.command()
+def bench(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL | RECIPE.yaml …] [key=value …]",
+            help="a model or a recipe of rl, then settings of rl; by default a model of 1 M random weights",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[int | None, typer.Option(help="tokens of a prompt, by default 64", min=1)] = None,
+    new: Annotated[int | None, typer.Option(help="tokens of an answer, 64", min=1)] = None,
+    samples: Annotated[int | None, typer.Option(help="answers to a prompt, 8", min=1)] = None,
+    answers: Annotated[int | None, typer.Option(help="answers a step, 64", min=1)] = None,
+    width: Annotated[int | None, typer.Option(help="of the random model, 128", min=1)] = None,
+    layers: Annotated[int | None, typer.Option(help="of the random model, 4", min=1)] = None,
+    heads: Annotated[int | None, typer.Option(help="of the random model, 4", min=1)] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="its heads of keys, 2", min=1)] = None,
+    inner: Annotated[int | None, typer.Option(help="width of its feed-forward layers, 384", min=1)] = None,
+    vocabulary: Annotated[int | None, typer.Option(help="of the random model, 1024", min=1)] = None,
+    steps: Annotated[int, typer.Option(help="whole steps to take the median of, after one to warm up", min=1)] = 3,
+    threads: Annotated[int, typer.Option(help="CPU threads, 0 = all cores", min=0)] = 0,
+    json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
+) -> None:
+    """Tokens a second, shares of the machine's measured peaks, memory and the phases of whole steps, on the real code."""
+    from tilt.cli.bench import show_bench
+
+    asked = {"prompt": prompt, "new": new, "samples": samples, "answers": answers}
+    made = {"width": width, "layers": layers, "heads": heads, "kv_heads": kv_heads, "inner": inner, "vocabulary": vocabulary}
+    show_bench([*(words or []), *([f"threads={threads}"] if threads else [])], asked | made, steps, json)
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="a checkpoint folder, a run folder, or a hub name")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="the prompt; may be repeated")],

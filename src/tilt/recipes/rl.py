@@ -196,7 +196,7 @@ def also_measured(texts: Callable[[], Mapping[str, float]], first: Divergence | 
 def run(config: Config) -> Result:
     """Open everything, walk, save, and check that the frozen models never changed."""
     with ExitStack() as ending:
-        opened = _open(config, ending)
+        opened = assembled(config, ending)
         label = Path(opened.row.rpartition(":")[0] or opened.row).stem
         directory, journal = opening.directory(config, "rl", opened.model, config.steps, IMPORTANT, label=label)
         with journal:
@@ -210,7 +210,7 @@ def run(config: Config) -> Result:
     return Result(directory, checkpoint, before.metrics, after.metrics, answers)
 
 
-def _open(config: Config, ending: ExitStack) -> Opened:
+def assembled(config: Config, ending: ExitStack) -> Opened:
     """Everything that a run works with, all that can be refused refused; `ending` closes what is open when the run ends."""
     device = opening.settle(config)
     name, objective = optimised(config.algorithm, config.objective, config.quirks, config.sampling.max_tokens)
