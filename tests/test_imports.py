@@ -16,14 +16,14 @@ SOURCE = Path(tilt.__file__).parent
 
 # A room may import rooms of a lower level, and itself. Rooms of one level do not know each other, save where PEERS says so.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "shapes", "segments", "distributions", "kept", "config"),
+    ("errors", "shapes", "segments", "distributions", "linear_head", "kept", "config"),
     ("objectives", "data", "optim"),
     ("models", "rewards", "oracle", "tasks", "parity"),
     ("sampling", "learning", "runs"),
     ("recipes", "inspect", "classic"),
     ("cli",),
 )
-PEERS = {("shapes", "segments", "distributions", "kept", "errors", "config")} | {
+PEERS = {("shapes", "segments", "distributions", "linear_head", "kept", "errors", "config")} | {
     ("models", "rewards", "oracle"),  # a reward model is a model
     ("sampling", "learning", "runs"),  # the engine's verbs are measured and recorded
     ("recipes", "inspect"),

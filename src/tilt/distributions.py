@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tilt import linear_head
 from tilt.errors import UsageError
 from tilt.kept import Kept
 from tilt.shapes import ActionIndex, PerAction
@@ -97,10 +98,14 @@ def score_actions(
     """Log-probabilities of the actions under softmax(head(hidden) / temperature); where asked for entropies, and the exact KL with an anchor.
 
     All three are of the distributions renormalised over each action's kept set, where there are some; the sets become a mask [chunk, V] for one
-    chunk at a time. The heads run on `chunk` actions at a time; with gradients and more than SMALL logits each chunk is recomputed in the
-    backward pass, so that the logits [A, V] never exist at once. The softmax is float32 at least, float64 for a float64 head.
+    chunk at a time. A head that is one matrix, without sets and without an anchor, goes a tile of logits at a time (`linear_head`). Other heads
+    run on `chunk` actions at a time; with gradients and more than SMALL logits each chunk is recomputed in the backward pass. Either way the
+    logits [A, V] never exist at once. The softmax is float32 at least, float64 for a float64 head.
     """
     assert temperature > 0 and chunk > 0
+    if linear_head.fits(head) and against is None and not (kept is not None and kept.narrows):
+        found, spread = linear_head.scores(hidden, head, actions, temperature=temperature, entropy=entropy)
+        return Scores(found, spread, torch.full_like(found, torch.nan))
 
     def score(part: Tensor, chosen: Tensor, other: Tensor, sets: Kept | None) -> Scores:
         logits = _within(sets, _tempered(head(part), temperature))

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from tilt.data.packing import Segments
 from tilt.errors import UsageError
+from tilt.linear_head import plain
 
 NAME = "tilt"
 
@@ -75,8 +76,8 @@ AttentionInterface.register(NAME, attention)
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Inside, attention is computed from plain operations, whose gradients have gradients; the fused kernels have none."""
-    with sdpa_kernel(SDPBackend.MATH):
+    """Inside, attention and the vocabulary head are computed from plain operations, whose gradients have gradients; the fused ones have none."""
+    with sdpa_kernel(SDPBackend.MATH), plain():
         yield
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tilt.data.packing import Pack
+from tilt.linear_head import LinearHead
 from tilt.models import compat
 from tilt.models.attention import PackedAttention
 from tilt.models.padded import Padded
@@ -38,13 +40,22 @@ def head_function(lm: PreTrainedModel, layer: nn.Module | None = None) -> Head:
         if value is not None:
             scale = scale / float(value) if inverted else scale * float(value)
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    given = compat.head_of(lm) if layer is None else layer
+    if cap is None and _is_matrix(given):
+        return LinearHead(given, scale)
 
     def head(hidden: Tensor) -> Tensor:
-        logits = (compat.head_of(lm) if layer is None else layer)(hidden)
+        logits = given(hidden)
         logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     return head
+
+
+def _is_matrix(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is nothing but its weights: no bias, adapter, quantisation, hook or parametrisation."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and layer.bias is None and not hooks
 
 
 def frozen_head(lm: PreTrainedModel) -> Head:

@@ -1,0 +1,171 @@
+"""A vocabulary head that is one matrix: log-probabilities and entropies of actions with their gradients, a tile of logits at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+ROWS, COLUMNS = 1024, 4096
+"""Actions and tokens of one tile of logits: 16 MiB in float32, about what a core's caches hold."""
+KEPT = 2**24
+"""Actions times vocabulary up to which log-probabilities are kept for the backward pass (64 MiB in float32) instead of computed again."""
+
+_fused: ContextVar[bool] = ContextVar("fused", default=True)
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """Hidden states [N, D] → scale · hidden · weightᵀ [N, V], by a layer without bias whose weights it reads when it is called."""
+
+    layer: nn.Linear
+    scale: float = 1.0
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.layer(hidden)
+        return logits if self.scale == 1.0 else logits * self.scale
+
+
+def fits(head: object) -> TypeGuard[LinearHead]:
+    """Whether the tiles may be used: a head that is one matrix, and nobody has asked for the plain way."""
+    return isinstance(head, LinearHead) and _fused.get()
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Inside, scores are computed from plain operations by autograd: what the tiles are tested against."""
+    token = _fused.set(False)
+    try:
+        yield
+    finally:
+        _fused.reset(token)
+
+
+def scores(hidden: Tensor, head: LinearHead, actions: Tensor, *, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the actions under softmax(head(hidden) / temperature), and entropies where asked for, NaN elsewhere; [A] each, float32 at least.
+
+    The products run in the dtype of the autocast, where there is one; everything else in float32 at least. There is one derivative, not two.
+    """
+    weight, dtype = head.layer.weight, _dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _Scores.apply(hidden.to(dtype), weight, actions, head.scale / temperature, entropy, dtype)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64 else hidden.dtype
+
+
+class _Scores(torch.autograd.Function):
+    """log p(a) = z_a - lse z and H = lse z - Σ p z for z = scale · W h; ∂log p(a)/∂z = 1_a - p, ∂H/∂z = -p (log p + H)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, actions: Tensor, scale: float, entropy: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        matrix = weight.detach().to(dtype)
+        trained = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        keep = trained and len(actions) * len(weight) <= KEPT
+        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        lse, mean, kept = _read(hidden, matrix, scale, entropy, kind, keep)
+        chosen = torch.empty(len(actions), dtype=kind, device=hidden.device)
+        for part in _blocks(len(actions), ROWS):
+            if kept is None:
+                chosen[part] = (hidden[part].to(kind) * matrix[actions[part]].to(kind)).sum(1).mul_(scale)
+            else:
+                chosen[part] = kept[part].gather(1, actions[part, None])[:, 0]
+        logprobs = chosen - lse
+        spread = lse - mean if entropy else torch.full_like(lse, math.nan)
+        if trained:
+            ctx.save_for_backward(hidden, weight, actions, lse, spread, *([] if kept is None else [kept]))
+            ctx.scale, ctx.entropy, ctx.dtype = scale, entropy, dtype
+        if not entropy:
+            ctx.mark_non_differentiable(spread)
+        return logprobs, spread
+
+    @staticmethod
+    def backward(ctx: Any, along: Tensor | None, across: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the tiled head has one derivative: differentiate twice inside linear_head.plain()")
+        hidden, weight, actions, lse, spread, *kept = ctx.saved_tensors
+        matrix, scale = weight.to(ctx.dtype), ctx.scale
+        slope = torch.zeros_like(lse) if along is None else along * scale
+        bend = None if across is None or not ctx.entropy or not across.any() else across * scale
+        wanted = ctx.needs_input_grad
+        below = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device) if wanted[0] else None
+        matrix_slope = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device) if wanted[1] else None
+        for columns in _blocks(len(weight), COLUMNS):
+            tile = matrix[columns]
+            for rows in _blocks(len(actions), ROWS):
+                part = hidden[rows]
+                z = kept[0][rows, columns].clone() if kept else _product(part, tile, scale, lse.dtype)
+                slopes = _slopes(z.sub_(lse[rows, None]), slope[rows], None if bend is None else bend[rows], spread[rows])
+                mine = (actions[rows] >= columns.start) & (actions[rows] < columns.stop)
+                at = mine.nonzero()[:, 0]
+                slopes[at, actions[rows][at] - columns.start] += slope[rows][at]
+                slopes = slopes.to(ctx.dtype)
+                if below is not None:
+                    _add_product(below[rows], slopes, tile)
+                if matrix_slope is not None:
+                    _add_product(matrix_slope[columns], slopes.t(), part)
+        found_below = None if below is None else below.to(hidden.dtype)
+        return found_below, None if matrix_slope is None else matrix_slope.to(weight.dtype), None, None, None, None
+
+
+def _read(
+    hidden: Tensor, matrix: Tensor, scale: float, entropy: bool, kind: torch.dtype, keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """lse z [A], Σ p z [A] where the entropy is asked for, and z [A, V] where it is to be kept; one pass over the tiles, the running maximum subtracted."""
+    count = len(hidden)
+    kept = torch.empty(count, len(matrix), dtype=kind, device=hidden.device) if keep else None
+    lse, mean = (torch.empty(count, dtype=kind, device=hidden.device) for _ in range(2))
+    for rows in _blocks(count, ROWS):
+        part = hidden[rows]
+        top = torch.full((len(part),), -torch.inf, dtype=kind, device=hidden.device)
+        mass, moment = torch.zeros_like(top), torch.zeros_like(top)
+        for columns in _blocks(len(matrix), COLUMNS):
+            z = _product(part, matrix[columns], scale, kind)
+            if kept is not None:
+                kept[rows, columns] = z
+            higher = torch.maximum(top, z.amax(1))
+            ease = (top - higher).exp_()
+            weights = z.sub(higher[:, None]).exp_()
+            mass = mass * ease + weights.sum(1)
+            if entropy:
+                moment = moment * ease + torch.linalg.vecdot(weights, z)
+            top = higher
+        lse[rows] = top + mass.log()
+        mean[rows] = moment / mass
+    return lse, mean, kept
+
+
+def _product(hidden: Tensor, tile: Tensor, scale: float, kind: torch.dtype) -> Tensor:
+    z = (hidden @ tile.t()).to(kind)
+    return z if scale == 1.0 else z.mul_(scale)
+
+
+def _slopes(z: Tensor, slope: Tensor, bend: Tensor | None, spread: Tensor) -> Tensor:
+    """-p · (slope + bend · (log p + H)) from log p = `z`, whose storage may be used."""
+    p = z.exp()
+    if bend is None:
+        return p.mul_(-slope[:, None])
+    return p.mul_(z.add_(spread[:, None]).mul_(bend[:, None]).add_(slope[:, None]).neg_())
+
+
+def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
+    """to += a · b, in the dtype of `to`."""
+    if a.dtype == to.dtype:
+        to.addmm_(a, b)
+    else:
+        to.add_(a @ b)
+
+
+def _blocks(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
