@@ -14,7 +14,7 @@ from tilt.distributions import Anchor, collision, score_actions
 from tilt.errors import UsageError
 from tilt.models import agreement, compat
 from tilt.models.adapters import plain_copy
-from tilt.models.heads import head_function, hidden_states
+from tilt.models.heads import Head, head_function, hidden_states
 from tilt.objectives.experience import Outputs
 
 
@@ -36,9 +36,10 @@ class Policy(nn.Module):
         """Last hidden state of every token, [T, D]."""
         return hidden_states(self.lm, pack)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Vocabulary scores [N, V] of hidden states [N, D]."""
-        return head_function(self.lm)(hidden)
+    @property
+    def head(self) -> Head:
+        """Hidden states [N, D] → vocabulary scores [N, V], by the weights as they are when it is called."""
+        return head_function(self.lm)
 
     @torch.no_grad()
     def before_actions(self, pack: Pack) -> Tensor:
