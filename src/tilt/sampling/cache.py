@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ints = NDArray[np.int64]
+
+flash = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+)  # gives log Σ exp of the scores beside the result; 0 where a query sees nothing
 
 
 class Store:
@@ -31,12 +37,12 @@ class Store:
         return like.new_zeros(self.rows, like.shape[1], self.columns, like.shape[3])
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Make room for so many rows and columns: what lacks room doubles."""
+        """Make room for so many rows and columns. Rows double; columns grow by an eighth, because what is read at every step should lie close together."""
         if rows <= self.rows and columns <= self.columns:
             return
         old_rows, old_columns = self.rows, self.columns
         self.rows = self.rows if rows <= self.rows else max(rows, 2 * self.rows)
-        self.columns = self.columns if columns <= self.columns else max(columns, 2 * self.columns)
+        self.columns = self.columns if columns <= self.columns else max(columns, self.columns + max(16, self.columns // 8))
         for number, pair in self.layers.items():
             grown = (self._zeros(pair[0]), self._zeros(pair[1]))
             for new, old in zip(grown, pair, strict=True):
@@ -136,12 +142,14 @@ class Decode:
         self.straight = len(table) == rows and bool((table == np.arange(rows)).all())
         self.table, self.place = torch.from_numpy(table).to(self.device), torch.from_numpy(place).to(self.device)
         self.prompt_length = prompt_lengths[group]
+        beyond = self._bias(np.arange(self.widest) >= prompt_lengths[:, None])
+        self.beyond = None if beyond is None else beyond[:, None]
 
     def advance(self, answered: Ints) -> Tensor:
         """Begin a step in which row i feeds the token after its first answered[i] ones; the positions [rows] of the new tokens."""
         self.answered, self.longest = answered, int(answered.max()) + 1
         self.answers.reserve(self.rows, self.longest)
-        self.biases: dict[int | None, Tensor | None] = {}
+        self.sights: dict[int | None, Sight] = {}
         self.slots: dict[int, Tensor] = {}
         return torch.from_numpy(self.prompt_length + answered).to(self.device)
 
@@ -158,25 +166,87 @@ class Decode:
         sinks: Tensor | None,
     ) -> Tensor:
         """Attention of every row's new token to its prompt and its own answer, itself included."""
-        heads, kv_heads, width, rows = query.shape[1], key.shape[1], query.shape[3], self.rows
+        kv_heads, width, rows = key.shape[1], query.shape[3], self.rows
         keys, values = self.answers.layer(layer, key, value)
         slots = self._slots(kv_heads)
         keys.view(-1, width).index_copy_(0, slots, key[0].transpose(0, 1).reshape(-1, width))
         values.view(-1, values.shape[3]).index_copy_(0, slots, value[0].transpose(0, 1).reshape(-1, values.shape[3]))
-        own_keys, own_values = (x[:rows, :, : self.longest].flatten(0, 1) for x in (keys, values))  # [rows · kv_heads, longest, width]
-        group_keys, group_values = (x[: self.groups, :, : self.widest].flatten(0, 1) for x in self.prompts.layer(layer, key, value))
+        own = (
+            keys[:rows, :, : self.longest].flatten(0, 1),
+            values[:rows, :, : self.longest].flatten(0, 1),
+        )  # [rows · kv_heads, longest, width]
+        group_keys, group_values = (x[: self.groups, :, : self.widest] for x in self.prompts.layer(layer, key, value))
+        q = query[0].transpose(0, 1)
+        if softcap is None and q.device.type == "cpu":
+            return self._in_turn(q, group_keys, group_values, *own, scaling, window, sinks)[None]
+        return self._at_once(q * scaling, group_keys.flatten(0, 1), group_values.flatten(0, 1), *own, window, softcap, sinks)[None]
 
-        q = query[0].transpose(0, 1) * scaling
-        shared = self._by_row(self._by_group(q, kv_heads) @ group_keys.transpose(1, 2), heads)  # [rows, heads, widest]
+    def _in_turn(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        own_keys: Tensor,
+        own_values: Tensor,
+        scaling: float,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """The prompt first, by the fused kernel, which also gives log Σ exp of the scores; that number is then one more score beside the own answer's.
+
+        softmax(a, b) = (softmax(a) · p, softmax(b) · (1 - p)) where p is the first entry of softmax(log Σ exp a, b).
+        """
+        rows, heads, width = q.shape
+        kv_heads = keys.shape[1]
+        sight = self._sight(window)
+        asked = self._by_group(q, kv_heads).view(self.groups, kv_heads, -1, width)
+        shade = sight.groups if sight.groups is None or sight.groups.dtype == q.dtype else sight.groups.to(q.dtype)
+        if shade is not None and shade.shape[2] > 1:
+            shade = shade.repeat_interleave(heads // kv_heads, 2)
+        seen, mass = flash(asked, keys, values, 0.0, False, attn_mask=shade, scale=scaling)
+        seen = self._by_row(seen.reshape(self.groups * kv_heads, -1, seen.shape[3]), heads)
+        mass = self._by_row(mass.reshape(self.groups * kv_heads, -1, 1), heads)
+        if sight.blind is not None:
+            mass = mass.masked_fill(sight.blind, -torch.inf)
+        if sinks is not None:
+            sink = sinks.to(mass.dtype)[:, None]
+            seen = seen * torch.sigmoid(mass - sink).to(seen.dtype)
+            mass = torch.logaddexp(mass, sink)
+        asked = q.reshape(rows * kv_heads, -1, width)
+        own = torch.baddbmm(asked.new_empty(1), asked, own_keys.transpose(1, 2), beta=0, alpha=scaling).view(rows, heads, -1)
+        own = own if own.dtype == mass.dtype else own.to(mass.dtype)
+        if sight.own is not None:
+            own += sight.own
+        chosen = torch.cat((own, mass), -1).softmax(-1).to(q.dtype).view(rows * kv_heads, -1, self.longest + 1)
+        share = seen.reshape(rows * kv_heads, -1, seen.shape[2]) * chosen[..., -1:]
+        return torch.baddbmm(share, chosen[..., :-1], own_values).view(rows, heads, -1)
+
+    def _at_once(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        own_keys: Tensor,
+        own_values: Tensor,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """All scores side by side under one softmax, from plain operations: any device, any cap."""
+        rows, heads, width = q.shape
+        kv_heads = len(own_keys) // rows
+        shared = self._by_row(self._by_group(q, kv_heads) @ keys.transpose(1, 2), heads)  # [rows, heads, widest]
         own = (q.reshape(rows * kv_heads, -1, width) @ own_keys.transpose(1, 2)).view(rows, heads, -1)
         scores = cap(torch.cat((shared, own), -1), softcap)
-        bias = self._bias(window)
-        if bias is not None:
-            scores += bias
-        chosen = weights(scores, sinks).to(value.dtype)
-        out = self._by_row(self._by_group(chosen[..., : self.widest], kv_heads) @ group_values, heads)
+        sight = self._sight(window)
+        if sight.rows is not None:
+            scores[..., : self.widest] += sight.rows
+        if sight.own is not None:
+            scores[..., self.widest :] += sight.own
+        chosen = weights(scores, sinks).to(q.dtype)
+        out = self._by_row(self._by_group(chosen[..., : self.widest], kv_heads) @ values, heads)
         own = chosen[..., self.widest :].reshape(rows * kv_heads, -1, self.longest)
-        return torch.baddbmm(out.reshape(rows * kv_heads, -1, out.shape[2]), own, own_values).view(1, rows, heads, -1)
+        return torch.baddbmm(out.reshape(rows * kv_heads, -1, out.shape[2]), own, own_values).view(rows, heads, -1)
 
     def _by_group(self, x: Tensor, kv_heads: int) -> Tensor:
         """[rows, heads, n] → [groups · kv_heads, most · repeat, n]: all that meets one prompt's keys of one head, together."""
@@ -199,18 +269,50 @@ class Decode:
             self.slots[kv_heads] = torch.from_numpy(head * self.answers.columns + np.repeat(self.answered, kv_heads)).to(self.device)
         return self.slots[kv_heads]
 
-    def _bias(self, window: int | None) -> Tensor | None:
-        """[rows, 1, widest + longest]: 0 where the new token sees the column, -inf where it does not; None where it sees all."""
-        if window not in self.biases:
-            column = np.concatenate((np.arange(self.widest), np.arange(self.longest)))
-            end = np.repeat((self.prompt_length, self.answered + 1), (self.widest, self.longest), axis=0).T
-            seen = column < end
-            if window is not None:
-                position = column + np.repeat((0 * self.prompt_length, self.prompt_length), (self.widest, self.longest), axis=0).T
-                seen &= (self.prompt_length + self.answered)[:, None] - position < window
-            bias = np.where(seen, np.float32(0), np.float32(-np.inf))
-            self.biases[window] = None if seen.all() else torch.from_numpy(bias)[:, None].to(self.device)
-        return self.biases[window]
+    def _sight(self, window: int | None) -> Sight:
+        """What the new tokens see at this step through this window, made once for all layers."""
+        if window not in self.sights:
+            self.sights[window] = self._seen(window)
+        return self.sights[window]
+
+    def _seen(self, window: int | None) -> Sight:
+        column, answered = np.arange(self.longest), self.answered[:, None]
+        hidden = column > answered
+        if window is not None:
+            hidden |= answered - column >= window
+        own = self._bias(hidden)
+        far = None if window is None else (self.prompt_length + self.answered)[:, None] - np.arange(self.widest) >= window
+        if far is None or not far.any():
+            return Sight(self.beyond, None if self.beyond is None else self._of_rows(self.beyond), None, own)
+        far |= np.arange(self.widest) >= self.prompt_length[:, None]
+        rows, blind = self._bias(far), far.all(1)
+        assert rows is not None
+        groups = rows[:, 0] if self.straight else rows[self.table, 0]
+        return Sight(
+            groups.view(self.groups, 1, self.most, self.widest),
+            rows,
+            torch.from_numpy(blind)[:, None, None].to(self.device) if blind.any() else None,
+            own,
+        )
+
+    def _of_rows(self, groups: Tensor) -> Tensor:
+        """A bias of groups [groups, 1, 1, widest] for each row, [rows, 1, widest]."""
+        each = groups[:, 0].expand(-1, self.most, -1).reshape(-1, 1, self.widest)
+        return each if self.straight else each[self.place]
+
+    def _bias(self, hidden: NDArray[np.bool_]) -> Tensor | None:
+        """[rows, 1, columns]: -inf where hidden, 0 elsewhere; None where nothing is."""
+        return torch.from_numpy(np.where(hidden, np.float32(-np.inf), np.float32(0)))[:, None].to(self.device) if hidden.any() else None
+
+
+class Sight(NamedTuple):
+    """Biases of one step, 0 or -inf, None where all is seen: of the prompt by group [groups, 1, 1 or most, widest] and by row [rows, 1, widest];
+    rows that see none of their prompt [rows, 1, 1]; of the own answers [rows, 1, longest]."""
+
+    groups: Tensor | None
+    rows: Tensor | None
+    blind: Tensor | None
+    own: Tensor | None
 
 
 def cap(scores: Tensor, softcap: float | None) -> Tensor:

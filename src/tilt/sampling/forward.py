@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from tilt.models import compat
 from tilt.models.attention import Attend
+from tilt.sampling.anatomy import is_common
 from tilt.sampling.cache import Decode, Ints, Prefill, Store
+from tilt.sampling.lean import Lean
 
 PREFILL_TOKENS = 4096  # prompt tokens in one forward: enough to fill the cores, few enough for the activations to stay small
 
@@ -42,18 +44,39 @@ class Forward(Protocol):
         ...
 
 
-def forward_of(lm: PreTrainedModel, slots: int) -> Forward:
-    """The cached forward for a model that runs Tilt's attention, the recomputed one for any other."""
-    body = compat.body_of(lm)
-    return Cached(body, compat.device_of(lm), slots) if compat.is_packed(lm) else Recomputed(body, compat.device_of(lm))
+def forward_of(lm: PreTrainedModel, slots: int, *, lean: bool = True) -> Forward:
+    """The cached forward for a model that runs Tilt's attention, straight from the weights of a common decoder; the recomputed one for any other.
+
+    `lean=False` runs a common decoder through its modules, as every other model: the same numbers, slower.
+    """
+    body, device = compat.body_of(lm), compat.device_of(lm)
+    if not compat.is_packed(lm):
+        return Recomputed(body, device)
+    return Cached(Lean(body) if lean and is_common(body) else Modules(body), device, slots)
+
+
+class Body(Protocol):
+    """Hidden states [T, D] of one row of tokens at positions below `reach`; the plan decides who sees whom."""
+
+    def __call__(self, tokens: Tensor, positions: Tensor, reach: int, plan: Attend) -> Tensor: ...
+
+
+class Modules:
+    """The body's own modules."""
+
+    def __init__(self, body: nn.Module) -> None:
+        self.body = body
+
+    def __call__(self, tokens: Tensor, positions: Tensor, reach: int, plan: Attend) -> Tensor:
+        return compat.run_packed(self.body, tokens, positions, plan)
 
 
 class Cached:
     """Each prompt read once per group, each answer's token read once: two stores of keys and values, one row of new tokens per forward."""
 
-    def __init__(self, body: nn.Module, device: torch.device, slots: int) -> None:
+    def __init__(self, body: Body, device: torch.device, slots: int) -> None:
         self.body, self.device = body, device
-        self.prompts, self.answers = Store(min(slots, 32), 1), Store(slots, 64)
+        self.prompts, self.answers = Store(min(slots, 32), 1), Store(slots, 16)
         self.plan = Decode(self.prompts, self.answers, device)
         self.lengths = np.zeros(0, dtype=np.int64)
 
@@ -62,13 +85,14 @@ class Cached:
         self.lengths = np.concatenate((self.lengths[:first], lengths))
         self.prompts.reserve(first + len(prompts), int(lengths.max()))
         plan = Prefill(self.prompts, first, lengths, self.device)
-        return self._run(np.concatenate(prompts), plan.positions, plan)[plan.last]
+        return self._run(np.concatenate(prompts), plan.positions, int(lengths.max()), plan)[plan.last]
 
     def arrange(self, group: Ints) -> None:
         self.plan.arrange(group, self.lengths)
 
     def decode(self, tokens: Ints, answered: Ints) -> Tensor:
-        return self._run(tokens, self.plan.advance(answered), self.plan)
+        positions = self.plan.advance(answered)
+        return self._run(tokens, positions, int((self.plan.prompt_length + answered).max()) + 1, self.plan)
 
     def move_rows(self, source: Ints, target: Ints) -> None:
         self.answers.move(source, target, self.plan.longest)
@@ -78,8 +102,8 @@ class Cached:
         self.lengths[target] = self.lengths[source]
         self.lengths = self.lengths[:kept]
 
-    def _run(self, tokens: Ints, positions: Tensor, plan: Attend) -> Tensor:
-        return compat.run_packed(self.body, torch.from_numpy(tokens).to(self.device), positions, plan)
+    def _run(self, tokens: Ints, positions: Tensor, reach: int, plan: Attend) -> Tensor:
+        return self.body(torch.from_numpy(tokens).to(self.device), positions, reach, plan)
 
 
 class Recomputed:
