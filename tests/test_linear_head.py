@@ -114,3 +114,15 @@ def test_a_second_derivative_is_refused() -> None:
     with plain():
         (slope,) = torch.autograd.grad(scored(hidden, head, actions).logprobs.sum(), hidden, create_graph=True)
     assert slope.requires_grad
+
+
+def test_the_same_bits_with_and_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that is scored before its update and in it has a ratio of exactly 1."""
+    hidden, head, actions, _ = setup(torch.float32)
+    found = scored(hidden, head, actions)
+    with torch.no_grad():
+        again = scored(hidden, head, actions)
+    monkeypatch.setattr(linear_head, "KEPT", 0)
+    anew = scored(hidden, head, actions)
+    for other in (again, anew):
+        assert torch.equal(found.logprobs, other.logprobs) and torch.equal(found.entropy, other.entropy)

@@ -73,13 +73,7 @@ class _Scores(torch.autograd.Function):
         trained = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         keep = trained and len(actions) * len(weight) <= KEPT
         kind = torch.float64 if dtype == torch.float64 else torch.float32
-        lse, mean, kept = _read(hidden, matrix, scale, entropy, kind, keep)
-        chosen = torch.empty(len(actions), dtype=kind, device=hidden.device)
-        for part in _blocks(len(actions), ROWS):
-            if kept is None:
-                chosen[part] = (hidden[part].to(kind) * matrix[actions[part]].to(kind)).sum(1).mul_(scale)
-            else:
-                chosen[part] = kept[part].gather(1, actions[part, None])[:, 0]
+        chosen, lse, mean, kept = _read(hidden, matrix, actions, scale, entropy, kind, keep)
         logprobs = chosen - lse
         spread = lse - mean if entropy else torch.full_like(lse, math.nan)
         if trained:
@@ -106,9 +100,8 @@ class _Scores(torch.autograd.Function):
                 part = hidden[rows]
                 z = kept[0][rows, columns].clone() if kept else _product(part, tile, scale, lse.dtype)
                 slopes = _slopes(z.sub_(lse[rows, None]), slope[rows], None if bend is None else bend[rows], spread[rows])
-                mine = (actions[rows] >= columns.start) & (actions[rows] < columns.stop)
-                at = mine.nonzero()[:, 0]
-                slopes[at, actions[rows][at] - columns.start] += slope[rows][at]
+                at, place = _inside(actions[rows], columns)
+                slopes[at, place] += slope[rows][at]
                 slopes = slopes.to(ctx.dtype)
                 if below is not None:
                     _add_product(below[rows], slopes, tile)
@@ -119,18 +112,20 @@ class _Scores(torch.autograd.Function):
 
 
 def _read(
-    hidden: Tensor, matrix: Tensor, scale: float, entropy: bool, kind: torch.dtype, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """lse z [A], Σ p z [A] where the entropy is asked for, and z [A, V] where it is to be kept; one pass over the tiles, the running maximum subtracted."""
+    hidden: Tensor, matrix: Tensor, actions: Tensor, scale: float, entropy: bool, kind: torch.dtype, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """z_a, lse z, and Σ p z where the entropy is asked for, [A] each; z [A, V] where it is to be kept. One pass over the tiles, the running maximum subtracted."""
     count = len(hidden)
     kept = torch.empty(count, len(matrix), dtype=kind, device=hidden.device) if keep else None
-    lse, mean = (torch.empty(count, dtype=kind, device=hidden.device) for _ in range(2))
+    chosen, lse, mean = (torch.empty(count, dtype=kind, device=hidden.device) for _ in range(3))
     for rows in _blocks(count, ROWS):
         part = hidden[rows]
         top = torch.full((len(part),), -torch.inf, dtype=kind, device=hidden.device)
         mass, moment = torch.zeros_like(top), torch.zeros_like(top)
         for columns in _blocks(len(matrix), COLUMNS):
             z = _product(part, matrix[columns], scale, kind)
+            at, place = _inside(actions[rows], columns)
+            chosen[rows][at] = z[at, place]
             if kept is not None:
                 kept[rows, columns] = z
             higher = torch.maximum(top, z.amax(1))
@@ -142,7 +137,13 @@ def _read(
             top = higher
         lse[rows] = top + mass.log()
         mean[rows] = moment / mass
-    return lse, mean, kept
+    return chosen, lse, mean, kept
+
+
+def _inside(actions: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Which of these actions lie in the tile, and in which of its columns."""
+    at = ((actions >= columns.start) & (actions < columns.stop)).nonzero()[:, 0]
+    return at, actions[at] - columns.start
 
 
 def _product(hidden: Tensor, tile: Tensor, scale: float, kind: torch.dtype) -> Tensor:
