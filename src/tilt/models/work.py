@@ -36,13 +36,17 @@ def pairs(pack: Pack) -> int:
 def decode_bytes(lm: PreTrainedModel, prompts: int, prompt: int, samples: int, new: int, slots: int) -> float:
     """Bytes read to sample `new` tokens of each answer, the first from the prompt's pass: every weight once a step of at most `slots` answers,
     a prompt's keys and values once a step for all its answers, an answer's own once a step."""
-    config, answers = compat.text_config(lm), prompts * samples
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = compat.dtype_of(lm).itemsize
-    token = 2 * config.num_hidden_layers * heads * head_width(lm) * size
+    answers, size, token = prompts * samples, compat.dtype_of(lm).itemsize, cached_bytes(lm)
     weights = (sum(w.numel() for w in matrices(compat.body_of(lm))) + compat.head_of(lm).weight.numel()) * size
     waves = -(-answers // slots)
     return float((new - 1) * (waves * weights + prompts * prompt * token) + answers * token * (new - 1) * new // 2)
+
+
+def cached_bytes(lm: PreTrainedModel) -> int:
+    """Bytes of a token's keys and values in every layer."""
+    config = compat.text_config(lm)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * head_width(lm) * compat.dtype_of(lm).itemsize)
 
 
 def head_width(lm: PreTrainedModel) -> int:

@@ -1,23 +1,23 @@
-"""What a run would take, measured on the real model: bytes by what they are for, and seconds of a forward and backward pass and of generation."""
+"""What training on given rows would take, measured on the real model: bytes by what they are for, and seconds of a forward and backward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tilt.data.packing import Pack, pack
-from tilt.data.rollouts import Prompt, Rollout, Sampling
+from tilt.data.rollouts import Rollout
 from tilt.recipes import opening
 from tilt.recipes.settings import Training
-from tilt.sampling.sampler import Sampler
+from tilt.runs.machine import wait
 
 if TYPE_CHECKING:
-    from tilt.recipes import rl_settings
+    pass
 
 Examples = Sequence[Rollout]
 
@@ -45,17 +45,13 @@ def memory(config: Training, module: nn.Module, measured: Measured, batch: float
         "weights": every, "gradients": trained, "Adam": 2 * trained, "critic with its own": 4 * critic, **held,
         f"activations of {tokens:,} tokens": round(measured.activations * tokens),
     }  # fmt: skip
-    said = ", ".join(f"{name} {_size(count)}" for name, count in parts.items() if count or name == "reference")
-    return [f"memory     about {_size(sum(parts.values()))} at most: {said}"]
+    said = ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count or name == "reference")
+    return [f"memory     about {size(sum(parts.values()))} at most: {said}"]
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Bytes in MiB or GiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(count / 2**20, 0.1):.1f} MiB"
-
-
-def guessed(prompts: Sequence[Prompt], samples: int, length: int) -> list[Rollout]:
-    """Prompts with `samples` answers of the greatest length each, for timing alone."""
-    return [Rollout.demonstration(p, (p.tokens * (length // len(p.tokens) + 1))[:length]) for p in prompts for _ in range(samples)]
 
 
 def attempt(loss: Callable[[Pack], Tensor], examples: Examples, config: Training, device: torch.device, module: nn.Module) -> Measured:
@@ -82,39 +78,8 @@ def attempt(loss: Callable[[Pack], Tensor], examples: Examples, config: Training
         began = perf_counter()
         with autocast():
             loss(batch).backward()  # type: ignore[no-untyped-call]
-        _wait(device)
+        wait(device)
         times.append(perf_counter() - began)
     seconds = min(times)
     module.zero_grad(set_to_none=True)
     return Measured(len(batch.tokens), seconds / len(batch.tokens), sum(kept.values()) / len(batch.tokens))
-
-
-def generation(
-    config: rl_settings.Config, lm: Any, tokenizer: Any, device: torch.device, prompts: Sequence[Prompt], sampling: Sampling
-) -> float:
-    """Seconds to generate the answers of a step, each of the greatest length: reading the prompts once, and one decoding step a token."""
-    slots, answers = config.sampling.slots, config.prompts * config.samples
-    weight = sum(p.numel() for p in lm.parameters())
-    asked = list(
-        prompts[
-            : max(
-                1, min(config.prompts, int(2e10 / weight) // max(len(p.tokens) for p in prompts[: config.prompts]), slots // config.samples)
-            )
-        ]
-    )
-    times = []
-    for length in (1, 1, 9):
-        sampler = Sampler(lm, tokenizer, replace(sampling, max_tokens=length, stop_ids=(), stop_strings=()), slots=slots)
-        if config.mask is not None:
-            sampler.mask(config.mask.top_p)
-        began = perf_counter()
-        sampler.sample(asked, config.samples, step=0, stream="trial")
-        _wait(device)
-        times.append(perf_counter() - began)
-    once, decoding = times[1], max(0.0, times[2] - times[1]) / 8
-    return (once + decoding * sampling.max_tokens) * answers / (len(asked) * config.samples)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

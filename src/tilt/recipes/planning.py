@@ -17,7 +17,6 @@ from tilt.data.packing import Pack
 from tilt.data.rendering import Renderer, show
 from tilt.data.rollouts import Prompt, Rollout
 from tilt.data.steps import check_separator, stepwise
-from tilt.errors import UsageError
 from tilt.learning.judged import Judged, lay
 from tilt.models.adapters import adapter_off
 from tilt.models.loading import padded_tokenizer
@@ -25,7 +24,7 @@ from tilt.models.policy import Policy, RewardModel
 from tilt.objectives import Objective, card
 from tilt.parity import undressed
 from tilt.recipes import judging, opening
-from tilt.recipes.measuring import Examples, Measured, attempt, generation, guessed, memory, parameters
+from tilt.recipes.measuring import Examples, Measured, attempt, memory, parameters
 from tilt.recipes.rehearsal import rehearse
 from tilt.recipes.scoring import scoring
 from tilt.recipes.settings import Run, Training
@@ -36,10 +35,10 @@ from tilt.runs.text import duration, inert, middle, number
 from tilt.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
-    from tilt.recipes import dpo, labelling, pretrain, process_reward, ranking, reward_model, rl_settings, sft
+    from tilt.recipes import dpo, labelling, pretrain, process_reward, ranking, reward_model, rl, rl_settings, sft
 
 SHOWN = 1200  # terminal cells of an example
-FORWARD = 1 / 3  # of the time of a forward and a backward pass
+ABSENT = "reward model (of the policy's size, from the stage before)"
 
 
 @dataclass(frozen=True)
@@ -155,44 +154,22 @@ def labels(config: labelling.Config, judge: str, answers: labelling.Answers, sho
 
 def reinforcement(config: rl_settings.Config) -> list[str]:
     """The plan of reinforcement learning. Without a reward (as in a pipeline, where the stage before makes it) a model of the policy's size stands in."""
+    from tilt.recipes.estimating import estimate, said
+
     name, objective = optimised(config.algorithm, config.objective, config.quirks, config.sampling.max_tokens)
-    found = _open(config, "prompt")
-    shared = bool(objective.value.needs) and config.critic == "shared"
-    policy = opening.policy_of(opening.adapted(found.lm, config.lora), found.device, value_head=shared)
-    prompts = found.render.prompts(found.rows.train)
-    if config.prompts > len(prompts):
-        raise UsageError(f"prompts {config.prompts}: the data have only {len(prompts)} training prompts; set prompts to at most that")
-    held, critic = _held(config, objective, found, policy, shared)
-    average = {} if config.ema is None else {"average of the weights": parameters(policy)[1]}
-    rehearsed = [] if config.reward is None else [_rehearsed(config, found, prompts, config.missing_stop_penalty, config.reward_clip)]
-    measured = attempt(
-        lambda batch: -policy(batch).logprobs.sum(),
-        guessed(prompts[: config.prompts], config.samples, config.sampling.max_tokens),
-        config,
-        found.device,
-        policy,
-    )
-    answers, longest = config.prompts * config.samples, config.sampling.max_tokens
-    asked = sum(len(p.tokens) for p in prompts) / len(prompts)
-    tokens = round(config.prompts * asked + answers * longest)
-    beside = (
-        0 if config.pretrain_data is None else config.pretrain_data.batch * config.pretrain_data.length * config.passes * config.minibatches
-    )
-    passes = config.passes * (1 + (critic > 0)) + FORWARD * (
-        len(held.keys() - {"mask", "first reference"}) + ("old" in objective.needs) * (config.passes * config.minibatches > 1)
-    )
-    drawing = generation(config, found.lm, found.tokenizer, found.device, prompts, sampling_of(config.sampling, found.render))
-    drawing *= config.keep.draws if config.keep.mixed else 1
-    each = drawing + (tokens * passes + beside) * measured.seconds
+    tried, opened = estimate(config)
+    policy, device = opened.parts.learner.policy, opened.parts.learner.device
+    found = Opened(device, opened.rows, policy.lm, opened.parts.tokenizer, opened.model, opened.render)
+    prompts, longest = opened.parts.source.items, config.sampling.max_tokens
+    held, critic = _held(config, objective, opened, policy)
     return [
         *_opening(config, Path(name.rpartition(":")[0] or name).stem, found, policy),
-        *rehearsed,
+        *([] if config.reward is None else [_earned(opened.earned)]),
         *_shown([_asked(p, found.tokenizer) for p in prompts[:2]]),
-        *memory(config, policy, measured, tokens, held | average, critic),
-        f"steps      {config.steps} of {config.prompts} prompts × {config.samples} answers of at most {longest} tokens: at most {tokens:,} tokens a step; "
-        f"{config.passes * config.minibatches} optimizer steps each; {config.steps * config.prompts / len(prompts):.1f} passes over the {len(prompts):,} prompts",
-        f"time       at most about {duration(config.steps * each)}: {config.steps} steps × {each:.2f} s, of which {drawing:.2f} s to generate, "
-        f"if every answer is {longest} tokens long; estimated from {measured.tokens:,} tokens and 8 decoding steps tried here; evaluations come on top",
+        f"steps      {config.steps} of {config.prompts} prompts × {config.samples} answers of at most {longest} tokens, {tried.length:.0f} as the model answers now: "
+        f"about {tried.tokens:,.0f} tokens a step; {config.passes * config.minibatches} optimizer steps each; "
+        f"{config.steps * config.prompts / len(prompts):.1f} passes over the {len(prompts):,} prompts",
+        *said(config, policy, tried, held, critic),
         *([f"note       {policy.note}"] if policy.note else []),
         "objective  "
         + card(undressed(objective), name=name, samples=config.samples, passes=config.passes, **config.narrowing).replace(
@@ -318,24 +295,27 @@ def _rehearsed(config: Any, found: Opened, prompts: Sequence[Prompt], penalty: f
     """The reward is asked once, about short answers of the model as it is, so that its mistakes show here."""
     judged = scoring(config.reward, found.tokenizer, found.device, missing_stop_penalty=penalty, clip=clip)
     earned = rehearse(judged, Sampler(found.lm, found.tokenizer, sampling_of(config.sampling, found.render), seed=config.seed), prompts)
-    values = ["no score" if total is None else number(total) for total in earned]
     judged.close()
+    return _earned(earned)
+
+
+def _earned(earned: Sequence[float | None]) -> str:
+    values = ["no score" if total is None else number(total) for total in earned]
     return f"reward     {len(values)} short answers of the model as it is get {', '.join(values)}"
 
 
-def _held(config: rl_settings.Config, objective: Objective, found: Opened, policy: Policy, shared: bool) -> tuple[dict[str, int], int]:
+def _held(config: rl_settings.Config, objective: Objective, opened: rl.Opened, policy: Policy) -> tuple[dict[str, int], int]:
     """Bytes of each frozen model that the run holds beside the policy, and of the critic."""
     body = parameters(policy)[0]
-    held: dict[str, int] = {}
-    if "reference" in objective.needs or config.max_kl is not None or config.lora is None:
-        held["reference"] = 0 if config.lora is not None and config.reference is None else body
+    held: dict[str, int] = {"reference": 0 if config.lora is not None and config.reference is None else body}
     if config.mask is not None:
         held["mask"] = body
     if config.reference_update.every:
         held |= {"reference": body, "first reference": body}
     if config.reward is None:
-        held["reward model (of the policy's size, from the stage before)"] = body
+        held[ABSENT] = body
     else:
-        judged = scoring(config.reward, found.tokenizer, found.device)
-        held |= {role: parameters(model)[0] for role, model in judged.modules.items()}
-    return held, body if objective.value.needs and not shared else 0
+        held |= {role: parameters(model)[0] for role, model in opened.parts.scoring.modules.items()}
+    if config.ema is not None:
+        held["average of the weights"] = parameters(policy)[1]
+    return held, 0 if opened.parts.learner.critic is None else parameters(opened.parts.learner.critic)[0]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tilt.data.packing import pack
+from tilt.data.rendering import Renderer
 from tilt.data.rollouts import Prompt, Rollout
 from tilt.data.streams import Stream
 from tilt.errors import UsageError
@@ -77,13 +78,17 @@ class Parts:
 
 @dataclass(frozen=True)
 class Opened:
-    """What a run opened: the parts of the loop, what must never change, the names of the row and of the model, and the first lines of its log."""
+    """What a run opened: the parts of the loop, what must never change, the names of the row and of the model, and the first lines of its log; the rows
+    and how they become tokens, and what the short answers of the rehearsal earned."""
 
     parts: Parts
     frozen: roles.Frozen
     row: str
     model: str
     lines: list[str]
+    rows: opening.Rows
+    render: Renderer
+    earned: list[float | None]
 
 
 def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journal) -> tuple[Assessment, Assessment, int]:
@@ -239,9 +244,9 @@ def assembled(config: Config, ending: ExitStack) -> Opened:
         trial, also=also, divergence=divergence(learner, config.eval.temperature), more=partial(also_measured, texts.measure, first)
     )
     sampler = Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots)
-    for scorer in (judged, also):
-        if scorer is not None:
-            rehearse(scorer, sampler, prompts)
+    earned = rehearse(judged, sampler, prompts)
+    if also is not None:
+        rehearse(also, sampler, prompts)
     modules |= judged.modules | {f"measuring {role}": module for role, module in (also.modules if also else {}).items()}
     write = partial(write_policy, policy, tokenizer, learner.critic, learner.ema)
     lines = [
@@ -252,7 +257,7 @@ def assembled(config: Config, ending: ExitStack) -> Opened:
         *(f"note       {note}" for note in [*notes(config, policy, objective), *cramped(prompts, lm, config.sampling.max_tokens)]),
     ]  # fmt: skip
     parts = Parts(Stream(prompts, config.seed), sampler, judged, learner, objective, trial, tokenizer, write, moving)
-    return Opened(parts, roles.Frozen.of(modules), name, model, lines)
+    return Opened(parts, roles.Frozen.of(modules), name, model, lines, rows, render, earned)
 
 
 def _learner(
