@@ -60,13 +60,19 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """The mean, and half of its 95 % confidence interval over seeds; NaN for one seed."""
+    mean, count = sum(values) / len(values), len(values)
+    if count == 1:
+        return mean, math.nan
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (count - 1))
+    return mean, STUDENT.get(count - 1, 1.96) * spread / math.sqrt(count)
+
+
 def interval(values: list[float]) -> str:
     """Mean ± half of the 95 % confidence interval over seeds."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.1f}"
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return f"{mean:.1f} ± {STUDENT.get(len(values) - 1, 1.96) * spread / math.sqrt(len(values)):.1f}".replace("-", "−")
+    mean, half = mean_and_half(values)
+    return (f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}").replace("-", "−")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -1,9 +1,11 @@
-"""Steps a second against Stable-Baselines3 on CartPole-v1, PPO and DQN with the same networks and settings: interleaved runs, one thread each, ratio of medians.
+"""Speed and learning against Stable-Baselines3 on CartPole-v1, PPO and DQN with the same networks and settings: interleaved runs, one thread each.
 
-    python benchmarks/versus_sb3.py --repeat 5 --steps 25600
+    python benchmarks/versus_sb3.py --seeds 5 --steps 25600                          speed: ratio of medians
+    python benchmarks/versus_sb3.py --methods ppo --steps 100000 --kept rows.jsonl   learning: returns with 95 % intervals over seeds
 
 Stable-Baselines3 lives in an environment of its own, build/sb3 (made here at the first run, with this environment's torch version), never in the project's.
 Each run is a fresh process; both sides say how long learning took, by the wall and by the processor, and what 100 episodes earn afterwards.
+Runs that `--kept` holds are not made again, new ones are added to it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from classic import interval, mean_and_half
 
 ROOT = Path(__file__).parent.parent
 PLACE = ROOT / "build" / "sb3"
@@ -83,32 +87,50 @@ def measured(python: Path | str, program: str, method: str, steps: int, seed: in
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def told(returns: list[float]) -> str:
-    """The mean over seeds, and each."""
-    return f"{statistics.mean(returns):.0f} ({', '.join(format(r, '.0f') for r in returns)})"
+def runs(kept: Path | None, python: Path, method: str, steps: int, seeds: int) -> dict[str, list[dict[str, Any]]]:
+    """The runs of both sides, seed by seed in turn."""
+    rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] if kept is not None and kept.exists() else []
+    found: dict[str, list[dict[str, Any]]] = {"sb3": [], "tilt": []}
+    for seed in range(seeds):
+        for side, of, program in (("sb3", python, THEIRS), ("tilt", sys.executable, OURS)):
+            key = {"side": side, "method": method, "steps": steps, "seed": seed}
+            row = next((r for r in rows if key.items() <= r.items()), None)
+            if row is None:
+                row = key | measured(of, program, method, steps, seed)
+                if kept is not None:
+                    with kept.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+            found[side].append(row)
+    return found
+
+
+def apart(sb3: list[float], tilt: list[float]) -> str:
+    """Whether the 95 % intervals of the two means overlap."""
+    (a, half_a), (b, half_b) = mean_and_half(sb3), mean_and_half(tilt)
+    return "yes" if abs(a - b) <= half_a + half_b else "no"
 
 
 def main() -> None:
     """Print, for each method, the medians of both, their ratio, and what was learned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=25_600)
     parser.add_argument("--methods", nargs="*", default=["ppo", "dqn"])
+    parser.add_argument("--kept", type=Path)
     given = parser.parse_args()
     theirs = installed()
-    print("| method | steps | SB3 steps/s | Tilt steps/s | ratio, wall | ratio, processor time | SB3 return after | Tilt return after |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| method | steps | seeds | SB3, steps/s | Tilt, steps/s | ratio by the wall | ratio of processor time | return after it, SB3 | Tilt | intervals overlap |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for method in given.methods:
-        found: dict[str, list[dict[str, Any]]] = {"sb3": [], "tilt": []}
-        for seed in range(given.repeat):
-            found["sb3"].append(measured(theirs, THEIRS, method, given.steps, seed))
-            found["tilt"].append(measured(sys.executable, OURS, method, given.steps, seed))
-        median = {side: {k: statistics.median(r[k] for r in runs) for k in ("wall", "cpu", "mean")} for side, runs in found.items()}
-        means = {side: told([r["mean"] for r in runs]) for side, runs in found.items()}
-        sb3, tilt = median["sb3"], median["tilt"]
+        found = runs(given.kept, theirs, method, given.steps, given.seeds)
+        sb3, tilt = ({k: statistics.median(r[k] for r in rows) for k in ("wall", "cpu")} for rows in found.values())
+        returns = {side: [r["mean"] for r in rows] for side, rows in found.items()}
+        told = " | ".join(f"{interval(many)} ({', '.join(format(r, '.0f') for r in many)})" for many in returns.values())
         print(
-            f"| {method} | {given.steps:,} | {sb3['wall']:,.0f} | {tilt['wall']:,.0f} | {tilt['wall'] / sb3['wall']:.2f} | {tilt['cpu'] / sb3['cpu']:.2f} | "
-            f"{means['sb3']} | {means['tilt']} |",
+            f"| {method} | {given.steps:,} | {given.seeds} | {sb3['wall']:,.0f} | {tilt['wall']:,.0f} | {tilt['wall'] / sb3['wall']:.2f} | "
+            f"{tilt['cpu'] / sb3['cpu']:.2f} | {told} | {apart(**returns)} |",
             flush=True,
         )
 

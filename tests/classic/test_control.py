@@ -13,8 +13,8 @@ from toy_environments import Clock, Endless, Identity
 
 from tilt.classic.agents import evaluate
 from tilt.classic.dynamics import Continuous, Discrete
-from tilt.classic.flat import FlatAdam
-from tilt.classic.networks import Categorical, Critic, Gaussian, Perceptron, Policy
+from tilt.classic.flat import FlatAdam, owned
+from tilt.classic.networks import Activation, Categorical, Critic, Gaussian, Perceptron, Policy
 from tilt.classic.normalisation import RewardScale, Running
 from tilt.classic.on_policy import Columns, Learner, OnPolicy, critic_loss, policy_loss, prepared, train
 from tilt.classic.presets import row
@@ -146,22 +146,41 @@ def test_the_start_is_orthogonal() -> None:
     assert not any(layer.bias.any() for layer in body.layers)
 
 
-def test_one_vector_is_stepped_like_many_tensors() -> None:
-    def network() -> Perceptron:
-        return Perceptron([3, 5, 2], "tanh").orthogonal(torch.Generator().manual_seed(1), 1.0)
+@pytest.mark.parametrize(("activation", "hidden"), [("tanh", (5, 4)), ("relu", (6,)), ("relu", ())])
+def test_one_taped_vector_is_stepped_like_many_tensors(activation: Activation, hidden: tuple[int, ...]) -> None:
+    """Two networks, one read twice by a loss, and a log standard deviation: the gradients that autograd finds over separate tensors, clipped together, and Adam."""
 
-    ours, theirs = network(), network()
-    flat = FlatAdam(list(ours.parameters()), 1e-2, 1e-5, 0.5)
-    plain = torch.optim.Adam(theirs.parameters(), lr=1e-2, eps=1e-5)
+    def networks() -> tuple[Policy, Critic]:
+        return Policy(3, Continuous((-1.0, -1.0), (1.0, 1.0)), hidden, activation, 1).double(), Critic(3, hidden, activation, 2).double()
+
+    def loss(policy: Policy, critic: Critic, x: torch.Tensor) -> torch.Tensor:
+        said = policy(x)
+        return 10 * (said.mean.square() * said.log_std.exp()).sum() + critic(x).sin().sum() + critic(2 * x[:4]).square().sum()
+
+    ours, theirs = networks(), networks()
+    flat = FlatAdam(ours, 1e-2, 1e-5, 0.5)
+    parameters = [p for network in theirs for p in network.parameters()]
+    plain = torch.optim.Adam(parameters, lr=1e-2, eps=1e-5)
     for step in range(5):
-        x = torch.randn(7, 3, generator=torch.Generator().manual_seed(step))
-        flat.step((ours(x) ** 2).sum() * 10)
+        x = torch.randn(7, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        found = loss(*ours, x)
+        torch.testing.assert_close(found, loss(*theirs, x), rtol=0, atol=1e-12)
+        flat.step(found)
         plain.zero_grad()
-        ((theirs(x) ** 2).sum() * 10).backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        loss(*theirs, x).backward()
+        slope = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        share = min(1.0, 0.5 / float(slope.norm()))
+        torch.testing.assert_close(flat.slope, slope * share, rtol=0, atol=1e-12)
+        for parameter in parameters:
+            parameter.grad *= share
         plain.step()
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip((p for network in ours for p in network.parameters()), parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    x = torch.randn(7, 3, dtype=torch.float64)
+    with torch.no_grad():
+        taped = [network(x) for network in (ours[0].body, ours[1].body)]
+    assert not any(tape.kept for tape in flat.tapes)
+    assert all(torch.allclose(a, b.body(x), rtol=0, atol=1e-12) and b.body(x).grad_fn is not None for a, b in zip(taped, map(owned, ours)))
 
 
 # ---------------------------------------------------------------------------------------------- rollouts

@@ -150,9 +150,7 @@ class DeepQLearner:
         self.q.to(self.dtype)
         self.target = copy.deepcopy(self.q).requires_grad_(False)
         self.target_version = -1
-        self.optimizer = (
-            FlatAdam(list(self.q.parameters()), settings.lr, 1e-8, settings.clip_norm) if settings.optimizer == "adam" else None
-        )
+        self.optimizer = FlatAdam([self.q], settings.lr, 1e-8, settings.clip_norm) if settings.optimizer == "adam" else None
         self.replay = Replay(settings.buffer, environments.observation, self.dtype)
         self.ahead = Ahead(self.replay, settings.returns, settings.gamma, environments.count)
         self.now = environments.reset(seed)

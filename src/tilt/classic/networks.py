@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tilt.classic.dynamics import Actions, Continuous
+from tilt.classic.tape import Tape
 from tilt.errors import UsageError
 
 Activation = Literal["tanh", "relu"]
@@ -111,8 +112,11 @@ class Perceptron(nn.Module):
             )
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.activation = ACTIVATIONS[activation]
+        self.tape: Tape | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.tape is not None:
+            return self.tape.forward(x)
         *inner, last = self.layers
         for layer in inner:
             x = self.activation(nn.functional.linear(x, layer.weight, layer.bias))  # type: ignore[arg-type]

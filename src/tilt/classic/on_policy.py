@@ -112,11 +112,11 @@ class Learner:
         self.critic = Critic(size, settings.hidden, settings.activation, 2 * seed + 1)
         scale = RewardScale(settings.envs, settings.gamma) if settings.normalise_rewards else None
         self.collector = Collector(environments, seed, scale, Running(size) if settings.normalise_observations else None)
-        apart, both = settings.critic_passes > 0, [*self.policy.parameters(), *self.critic.parameters()]
-        self.together = None if apart else FlatAdam(both, settings.lr, 1e-5, settings.clip_norm)
+        apart = settings.critic_passes > 0
+        self.together = None if apart else FlatAdam([self.policy, self.critic], settings.lr, 1e-5, settings.clip_norm)
         natural = isinstance(self.row.penalty, TrustRegion)
-        self.actor = FlatAdam(list(self.policy.parameters()), settings.lr, 1e-5, settings.clip_norm) if apart and not natural else None
-        self.fitter = FlatAdam(list(self.critic.parameters()), settings.lr, 1e-5, settings.clip_norm) if apart else None
+        self.actor = FlatAdam([self.policy], settings.lr, 1e-5, settings.clip_norm) if apart and not natural else None
+        self.fitter = FlatAdam([self.critic], settings.lr, 1e-5, settings.clip_norm) if apart else None
         self.taken: Taken | None = None
 
     def iterate(self, done: float) -> None:
