@@ -114,7 +114,7 @@ def test_rloo_and_ppo_approach_the_soft_optimal_policy(tree: TokenMDP) -> None:
         while slope.abs().max() > 1e-11 and len(gaps) < 2000:
             gaps.append(exact.divergence(paid, at, best.log()).item())
             slope = 2 * expect_by_prompt(row, Situation.of(paid, samples, at, critic=exact.state_values(paid, at, kl=BETA))).mean
-            at = (at + 0.5 * slope / (exact.visits(paid, at).unsqueeze(-1) * at.exp())).log_softmax(-1)
+            at = (at + 0.9 * slope / (exact.visits(paid, at).unsqueeze(-1) * at.exp())).log_softmax(-1)
         assert len(gaps) < 200 and all(a > b for a, b in pairwise(gaps) if b > 1e-12)
         close(at.exp(), best, 1e-9)
 

@@ -290,3 +290,17 @@ def test_settings_that_cannot_be_met_are_refused() -> None:
             call()
     with pytest.raises(UsageError, match="raise `rounds`"):
         policy_iteration(mdp, rounds=2)
+
+
+def test_undiscounted_gain_asks_of_the_states_that_are_met_alone() -> None:
+    """From a the episode ends, reward 2; b, never met from a, earns 1 for ever: J = 2 from a, none from b."""
+    transition = torch.zeros(3, 1, 3, dtype=torch.float64)
+    transition[0, 0, 2] = transition[1, 0, 1] = transition[2, 0, 2] = 1
+    reward = torch.tensor([[2.0], [1.0], [0.0]], dtype=torch.float64)
+    stay, ends = torch.zeros(3, dtype=torch.long), [False, False, True]
+    met = MDP.of(transition, reward, discount=1.0, start=[1.0, 0, 0], terminal=ends)
+    assert float(gain(met, stay)) == 2.0
+    with pytest.raises(UsageError, match="earns for ever"):
+        evaluate(met, stay)
+    with pytest.raises(UsageError, match="earns for ever"):
+        gain(MDP.of(transition, reward, discount=1.0, start=[0.5, 0.5, 0], terminal=ends), stay)

@@ -55,7 +55,10 @@ def evaluate(mdp: MDP, policy: Tensor) -> Tensor:
 
     With gamma = 1 states from which nothing is ever earned again have the value 0, and the policy must reach them from everywhere.
     """
-    moves, earned = under(mdp, policy)
+    return _solved(mdp, *under(mdp, policy))
+
+
+def _solved(mdp: MDP, moves: Tensor, earned: Tensor) -> Tensor:
     system, spent = _system(mdp, moves, earned)
     return torch.linalg.solve(system, torch.where(spent, 0.0, earned))
 
@@ -74,8 +77,12 @@ def evaluate_iteratively(mdp: MDP, policy: Tensor, *, theta: float = 1e-10, swee
 
 
 def gain(mdp: MDP, policy: Tensor) -> Tensor:
-    """J(pi) = E[sum_t gamma^t r_t] = mu · v_pi, [...]."""
-    return (mdp.start * evaluate(mdp, policy)).sum(-1)
+    """J(pi) = E[sum_t gamma^t r_t] = mu · v_pi, [...]. With gamma = 1 the policy must end from the states that it reaches, and no others."""
+    moves, earned = under(mdp, policy)
+    if mdp.discount == 1:
+        met = _leading_to(moves.mT, (mdp.start > 0).expand(earned.shape))
+        moves, earned = torch.where(met.unsqueeze(-1), moves, 0.0), torch.where(met, earned, 0.0)
+    return (mdp.start * _solved(mdp, moves, earned)).sum(-1)
 
 
 def advantages(mdp: MDP, policy: Tensor) -> Tensor:

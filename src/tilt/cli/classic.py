@@ -188,7 +188,7 @@ def _worth(mdp: MDP, policy: torch.Tensor) -> str:
     try:
         parts.append(f"exact value of this policy from the start, discounted: {float(gain(mdp, policy)):.6f}")
     except UsageError:
-        parts.append("this policy does not end from everywhere, so undiscounted it has no value")
+        parts.append("from the start this policy may go on earning for ever, so undiscounted it has no value")
     if mdp.limit is not None:
         found = evaluate_to_horizon(replace(mdp, discount=1.0), policy)
         parts.append(f"undiscounted within {mdp.limit} steps: {float((mdp.start * found[0]).sum()):.6f}")
