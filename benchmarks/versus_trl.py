@@ -4,8 +4,8 @@
 
 TRL lives in an environment of its own, build/trl (made here at the first run, with this environment's torch and transformers), never in the project's.
 Each side is a process that waits for its turn before each step, so at any time one of them computes. TRL is timed from the beginning of a step to the
-end of the optimizer's; Tilt from drawing the prompts to after the step's record is written. Before the timing both are tried with each of TRL's ways
-(`--tune`: micro-batches, dtype, continuous batching) and TRL goes on with its fastest.
+end of the optimizer's; Tilt from one step's record to the next. Before the timing TRL's ways are tried (`--tune`: micro-batches, dtype, continuous
+batching), and it goes on with its fastest. W1 to W4 are shapes with random weights, W5 is a race to 0.9 on two-digit sums, W6 SFT and DPO on real text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 PLACE = ROOT / "build" / "trl"
 SCRIPTS = Path(__file__).parent / "versus"
 VERSION = "1.16.0"
+KNOWN: dict[str, Any] = shared.WORKLOADS | shared.LESSONS | shared.RACES | {"check": shared.CHECK}
 
 
 def installed() -> Path:
@@ -44,26 +44,89 @@ def installed() -> Path:
     return python
 
 
-def prepared(name: str, work: shared.Workload, steps: int) -> Path:
+def prepared(name: str, steps: int) -> Path:
     """A folder with the workload's model, tokenizer and prompts, as both sides read them."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
     folder = ROOT / "build" / "versus" / name
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {word: i for i, word in enumerate(shared.words(work.shape.vocabulary))}
-    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=shared.END, pad_token=shared.PAD).save_pretrained(folder / "tokenizer")
-    torch.manual_seed(0)
-    end = work.shape.vocabulary - 2
-    config = Qwen3Config(**work.shape.config(work.prompt + work.new), eos_token_id=end, pad_token_id=end + 1, bos_token_id=None)
-    Qwen3ForCausalLM(config).save_pretrained(folder / "model")
-    rows = shared.prompts(work, work.prompts * (steps + 2))
-    (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in rows) + "\n", encoding="utf-8")
+    work = KNOWN[name]
     (folder / "workload.json").write_text(json.dumps(work.record()), encoding="utf-8")
+    if isinstance(work, shared.Workload):
+        rows = [{"prompt": text} for text in shared.prompts(work, work.prompts * (steps + 2))]
+        word_tokenizer(work.shape.vocabulary).save_pretrained(folder / "tokenizer")
+        random_model(work.shape, work.prompt + work.new, work.shape.vocabulary - 2, folder)
+    elif isinstance(work, shared.Lesson):
+        rows = instructions(work.kind)
+        from tilt.data.tokenizers import train_bpe
+
+        tokenizer = train_bpe((text for row in rows for text in row.values()), work.shape.vocabulary)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        random_model(work.shape, work.context, tokenizer.eos_token_id, folder)
+    else:
+        rows = learned_sums(folder)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
+
+
+def word_tokenizer(size: int) -> Any:
+    """One token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(shared.words(size))}, unk_token="w0"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=shared.END, pad_token=shared.PAD)
+
+
+def random_model(shape: shared.Shape, context: int, end: int, folder: Path) -> None:
+    """Random weights of this shape, in the folder."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(**shape.config(context), eos_token_id=end, pad_token_id=None, bos_token_id=None)
+    Qwen3ForCausalLM(config).save_pretrained(folder / "model")
+
+
+def instructions(kind: str) -> list[dict[str, str]]:
+    """The 1,100 pairs of rasbt-instruct: prompts with the chosen answer, or with both."""
+    if "TILT_DATA" not in os.environ:
+        raise SystemExit("W6 reads rasbt-instruct: set TILT_DATA to the folder that holds it")
+    rows = json.loads(
+        (Path(os.environ["TILT_DATA"]) / "rasbt-instruct" / "instruction-data-with-preference.json").read_text(encoding="utf-8")
+    )
+    wanted = {"sft": {"completion": "chosen"}, "dpo": {"chosen": "chosen", "rejected": "rejected"}}[kind]
+    return [{"prompt": shared.question(row)} | {name: row[column] for name, column in wanted.items()} for row in rows]
+
+
+def learned_sums(folder: Path) -> list[dict[str, str]]:
+    """Two-digit sums to train on; a model that the quickstart's SFT has brought to 45 % is put into the folder once."""
+    import shutil
+
+    from tilt.config.schema import parse
+    from tilt.data.tokenizers import characters
+    from tilt.recipes import quickstart, sft
+    from tilt.tasks import arithmetic
+
+    task = arithmetic.Addition()
+    if not (folder / "model").exists():
+        characters(arithmetic.ALPHABET).save_pretrained(folder / "tokenizer")
+        for name, held in (("train", False), ("held_out", True)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task.rows(held_out=held)), encoding="utf-8")
+        model = {"width": 128, "layers": 4, "heads": 4, "context": 32, "tokenizer": str(folder / "tokenizer")}
+        settings = {
+            "model": model,
+            "data": {"source": str(folder / "train.jsonl"), "eval": str(folder / "held_out.jsonl")},
+            "reward": {"exact": {"answer": "answer"}},
+        }
+        place = folder / "sft"
+        shutil.rmtree(place, ignore_errors=True)
+        found = sft.run(parse(settings | quickstart.ADDITION_SFT | {"root": str(folder), "name": "sft", "quiet": True}, sft.Config))
+        shutil.copytree(found.checkpoint, folder / "model")
+    import random
+
+    rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in task.rows(held_out=False)]
+    random.Random(0).shuffle(rows)
+    return rows
 
 
 @dataclass
@@ -108,37 +171,66 @@ class Side:
         self.process.wait()
 
 
-def measured(name: str, work: shared.Workload, given: argparse.Namespace) -> dict[str, Any]:
-    """One workload: both sides warm up with two steps, then take turns."""
-    folder, python = prepared(name, work, given.repeat + 3), installed()
-    base = {"threads": given.threads, "lr": 1e-5, "loss": "dapo", "steps": given.repeat + 3}
-    best = tuned(folder, python, work, base, given.tune)
+def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One workload: both sides warm up, then take turns."""
+    race = shared.RACES.get(name)
+    most = 400 if race is not None else given.repeat + given.warm + 3
+    folder, python = prepared(name, most), installed()
+    work = KNOWN[name]
+    whole = work.answers if name in shared.WORKLOADS else work.batch if name in shared.LESSONS else work.prompts * work.samples
+    lr = race.lr if race is not None else 1e-5
+    base = {"threads": given.threads, "lr": lr, "loss": "dapo", "steps": most, "seed": given.seed, "dtype": given.dtype}
+    best = tuned(folder, python, whole, base, given.tune, paged=name not in shared.LESSONS)
     sides = {
         "trl": Side.start("trl", python, "theirs.py", folder, base | best),
-        "tilt": Side.start("tilt", sys.executable, "ours.py", folder, base | {"dtype": given.dtype}),
+        "tilt": Side.start("tilt", sys.executable, "ours.py", folder, base),
     }
     try:
-        found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-        for side in sides.values():
-            assert side.answer()["ready"]
-            for _ in range(given.warm):
-                side.step()
-        for _ in range(given.repeat):
-            for side_name, side in sides.items():
-                found[side_name].append(side.step())
+        opened = {side: process.answer() for side, process in sides.items()}
+        found = raced(sides, opened, race) if race is not None else taken(sides, given)
     finally:
-        for side in sides.values():
-            side.stop()
+        for process in sides.values():
+            process.stop()
     middle = {s: {k: statistics.median(r[k] for r in rows) for k in rows[0] if isinstance(rows[0][k], float)} for s, rows in found.items()}
-    return {
-        "workload": name, "tuning": best, "median": middle, "seconds": {s: [r["step"] for r in rows] for s, rows in found.items()},
-        "ratio": middle["trl"]["step"] / middle["tilt"]["step"], "memory": middle["trl"]["peak"] / middle["tilt"]["peak"],
-    }  # fmt: skip
+    seconds = {s: [r["step"] for r in rows] for s, rows in found.items()}
+    row = {"workload": name, "tuning": best, "median": middle, "seconds": seconds, "memory": middle["trl"]["peak"] / middle["tilt"]["peak"]}
+    if race is None:
+        return row | {"ratio": middle["trl"]["step"] / middle["tilt"]["step"]}
+    wall = {s: sum(times[1:]) + statistics.median(times) for s, times in seconds.items()}  # the first step counts as a middling one
+    return row | {"wall": wall, "steps": {s: len(times) for s, times in seconds.items()}, "ratio": wall["trl"] / wall["tilt"]}
 
 
-def tuned(folder: Path, python: Path, work: shared.Workload, base: dict[str, Any], tune: bool) -> dict[str, Any]:
-    """TRL's settings: its fastest of a few, by the third step of each, or the whole batch in float32."""
-    plain = {"micro": work.answers, "dtype": "float32", "paged": False}
+def taken(sides: dict[str, Side], given: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Steps in turns, after those that warm up."""
+    for side in sides.values():
+        for _ in range(given.warm):
+            side.step()
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for _ in range(given.repeat):
+        for name, side in sides.items():
+            found[name].append(side.step())
+    return found
+
+
+def raced(sides: dict[str, Side], opened: dict[str, dict[str, Any]], race: shared.Race) -> dict[str, list[dict[str, Any]]]:
+    """Steps in turns until each side's last few steps were right often enough. Tilt has taken its first step when it is ready."""
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    heard = {name: [told["reward"]] if "reward" in told else [] for name, told in opened.items()}
+    running = list(sides)
+    while running:
+        for name in list(running):
+            found[name].append(sides[name].step())
+            heard[name].append(found[name][-1]["reward"])
+            last = heard[name][-race.window :]
+            if len(last) == race.window and statistics.mean(last) >= race.target:
+                running.remove(name)
+    found["tilt"].insert(0, found["tilt"][0])
+    return found
+
+
+def tuned(folder: Path, python: Path, whole: int, base: dict[str, Any], tune: bool, *, paged: bool) -> dict[str, Any]:
+    """TRL's settings: its fastest of a few, by the best of three steps of each, or the whole batch in float32."""
+    plain = {"micro": whole, "dtype": "float32", "paged": False}
     if not tune:
         return plain
     times: list[tuple[float, dict[str, Any]]] = []
@@ -163,20 +255,54 @@ def tuned(folder: Path, python: Path, work: shared.Workload, base: dict[str, Any
     return min(times, key=lambda pair: pair[0])[1]
 
 
+def agreed(given: argparse.Namespace) -> None:
+    """Print how far both sides are apart on one step of TRL's, for two losses and two sizes of its micro-batches."""
+    import same
+
+    folder, python = prepared("check", 3), installed()
+    work = shared.CHECK
+    for loss in ("grpo", "dapo"):
+        for micro in (work.answers, work.answers // 2):
+            path = folder / f"{loss}-{micro}.pt"
+            path.unlink(missing_ok=True)
+            options = {
+                "threads": given.threads,
+                "lr": 1e-5,
+                "loss": loss,
+                "steps": 2,
+                "seed": given.seed,
+                "dtype": "float32",
+                "micro": micro,
+                "paged": False,
+            }
+            side = Side.start("trl", python, "theirs.py", folder, options | {"dump": str(path)})
+            try:
+                side.answer()
+                side.step()
+            finally:
+                side.stop()
+            print(same.told(f"loss_type={loss}, micro-batches of {micro}", same.compared(folder, same.read(path), loss)), flush=True)
+
+
 def main() -> None:
     """Print a line for each workload, and the phases of both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", default=list(shared.WORKLOADS))
+    parser.add_argument("workloads", nargs="*", default=[*shared.WORKLOADS, *shared.RACES, *shared.LESSONS])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--warm", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto", help="of Tilt's computation")
     parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True, help="try TRL's ways first")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--check", action="store_true", help="compare advantages, loss and gradient of one step instead of timing")
     given = parser.parse_args()
+    if given.check:
+        agreed(given)
+        return
     rows = []
     for name in given.workloads:
-        row = measured(name, shared.WORKLOADS[name], given)
+        row = measured(name, given)
         rows.append(row)
         print(line(row), flush=True)
         if given.json is not None:
@@ -185,12 +311,14 @@ def main() -> None:
 
 def line(row: dict[str, Any]) -> str:
     trl, tilt = row["median"]["trl"], row["median"]["tilt"]
-    told: Callable[[float], str] = lambda x: f"{x:.2f}"
-    split = ", ".join(f"{k} {told(v)}" for k, v in tilt.items() if k not in ("step", "peak", "reward"))
-    return (
-        f"{row['workload']}: TRL {told(trl['step'])} s (generation {told(trl['generate'])}), Tilt {told(tilt['step'])} s ({split}), "
-        f"{row['ratio']:.2f} times; peak {trl['peak']:.0f} against {tilt['peak']:.0f} MiB, {row['memory']:.2f} times"
-    )
+    split = ", ".join(f"{k} {v:.2f}" for k, v in tilt.items() if k not in ("step", "peak", "reward") and v >= 0.005)
+    begun = f" (generation {trl['generate']:.2f})" if "generate" in trl else ""
+    told = f"{row['workload']}: TRL {trl['step']:.2f} s{begun}, Tilt {tilt['step']:.2f} s ({split or 'update'}), {row['ratio']:.2f} times"
+    if "wall" in row:
+        told += "; to the target TRL {:.1f} s in {} steps, Tilt {:.1f} s in {}".format(
+            *(row[k][s] for s in ("trl", "tilt") for k in ("wall", "steps"))
+        )
+    return f"{told}; peak {trl['peak']:.0f} against {tilt['peak']:.0f} MiB, {row['memory']:.2f} times"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tilt's side: the recipe `rl` on a workload, one step for each line on standard input; answers on standard output are lines of JSON behind a mark."""
+"""Tilt's side: a recipe on a workload, one step for each line on standard input; answers on standard output are lines of JSON behind a mark."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import resource
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,38 +20,41 @@ sys.path.insert(0, str(Path(__file__).parent))
 import workloads as shared
 
 from tilt.config.schema import parse
-from tilt.recipes import rl
+from tilt.recipes import dpo, rl, sft
+from tilt.runs.journal import Journal
 from tilt.sampling import engine
 
 MARK = "@@"
+HERE = Path(__file__).parent / "workloads.py"
 
 
 def say(**found: Any) -> None:
     print(MARK + json.dumps(found), flush=True)
 
 
-class Steps:
-    """The source of prompts; each step waits for its turn here, and how long the last one took is said here."""
+def in_turn() -> None:
+    """Every step of a run waits for its turn after the one before has been recorded, and says how long it took, its record included.
 
-    def __init__(self, source: Any) -> None:
-        self.source, self.began, self.last = source, 0.0, {}
+    The first is not timed: it begins with the opening of everything.
+    """
+    plain, began = Journal.step, [time.perf_counter()]
 
-    def draw(self, step: int, count: int) -> Any:
-        self.end()
+    def step(self: Journal, number: int, metrics: Mapping[str, Any], stage: str = "", *, total: int | None = None) -> None:
+        plain(self, number, metrics, stage, total=total)
+        phases = {k.removeprefix("time/"): v for k, v in metrics.items() if k.startswith("time/") and k not in ("time/step", "time/reward")}
+        right = {"reward": float(metrics["reward"])} if "reward" in metrics else {}
+        if number == 0:
+            say(ready=True, **right)
+        else:
+            say(step=time.perf_counter() - began[0], peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **phases, **right)
         if not sys.stdin.readline():
             os._exit(0)
-        self.began = time.perf_counter()
-        return self.source.draw(step, count)
+        began[0] = time.perf_counter()
 
-    def end(self) -> None:
-        if self.began:
-            say(step=time.perf_counter() - self.began, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **self.last)
-
-    def spare(self, step: int, count: int) -> Any:
-        return self.source.spare(step, count)
+    Journal.step = step  # type: ignore[method-assign]
 
 
-def force(lengths: list[int], end: int, new: int, vocabulary: int) -> None:
+def force(lengths: list[int], end: int, new: int) -> None:
     """Answers end at their token number lengths[i], and no earlier."""
     wanted, plain = np.array(lengths), engine.Queue.record
 
@@ -60,50 +64,44 @@ def force(lengths: list[int], end: int, new: int, vocabulary: int) -> None:
         tokens = np.where((position == own) & (own < new), end, np.where(tokens == end, 0, tokens))
         return plain(self, tokens, logprobs, stops, kept)
 
-    engine.Queue.record = record
+    engine.Queue.record = record  # type: ignore[method-assign]
 
 
 def main() -> None:
     folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     record = json.loads((folder / "workload.json").read_text())
-    work = shared.Workload(**{**record, "shape": shared.Shape(**record["shape"])})
-    force(work.lengths(), work.shape.vocabulary - 2, work.new, work.shape.vocabulary)
-    config = parse(settings(folder, work, options), rl.Config)
-    from contextlib import ExitStack
-
-    from tilt.recipes import opening
-    from tilt.recipes.rl import IMPORTANT, assembled, train
-
-    with ExitStack() as ending:
-        opened = assembled(config, ending)
-        steps = Steps(opened.parts.source)
-        directory, journal = opening.directory(config, "rl", opened.model, config.steps, IMPORTANT)
-        plain = journal.step
-
-        def told(step: int, metrics: Any, stage: str = "", **named: Any) -> None:
-            steps.last = {k.removeprefix("time/"): v for k, v in metrics.items() if k.startswith("time/") and k != "time/step"} | {
-                "reward": metrics.get("reward")
-            }
-            plain(step, metrics, stage, **named)
-
-        journal.step = told
-        say(ready=True)
-        with journal:
-            train(config, replace(opened.parts, source=steps), directory, journal)
+    recipe, settings = described(folder, record, options)
+    base = {
+        "model": str(folder / "model"), "tokenizer": str(folder / "tokenizer"), "steps": options["steps"], "threads": options["threads"],
+        "dtype": options["dtype"], "seed": options["seed"], "root": str(folder / "runs"), "name": f"run-{os.getpid()}", "quiet": True, "save": False,
+    }  # fmt: skip
+    in_turn()
+    recipe.run(parse(base | settings | options.get("more", {}), recipe.Config))
     say(done=True)
 
 
-def settings(folder: Path, work: shared.Workload, options: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's settings: GRPO without a penalty, mean over the batch's tokens, the optimizer of the other side."""
-    return {
-        "model": str(folder / "model"), "tokenizer": str(folder / "tokenizer"), "algorithm": "grpo",
-        "objective": {"penalty": {"none": {}}, "average": "token" if options["loss"] == "dapo" else "sequence"},
-        "data": {"source": str(folder / "prompts.jsonl"), "held_out": 0.0, "max_prompt_tokens": work.prompt, "max_tokens": work.new},
-        "reward": f"{Path(__file__).parent / 'workloads.py'}:worths", "steps": options["steps"], "prompts": work.prompts, "samples": work.samples,
-        "sampling": {"max_tokens": work.new, "slots": work.answers}, "optimizer": {"lr": options["lr"]}, "threads": options["threads"], "dtype": options["dtype"],
-        "eval": {"every": 0, "prompts": 2}, "root": str(folder / "runs"), "name": f"run-{os.getpid()}", "quiet": True, "save": False, "guards": {"sampler": 1e9, "probability": 1.0}, "max_mismatch": 1.0,  # a forced end has no log-probability
-
-        **options.get("more", {}),
+def described(folder: Path, record: dict[str, Any], options: dict[str, Any]) -> tuple[ModuleType, dict[str, Any]]:
+    """The recipe of a workload and its settings: the algorithm, batch and optimizer of the other side."""
+    data = {"source": str(folder / "prompts.jsonl"), "held_out": 0.0, "template": "text"}
+    average = "token" if options["loss"] == "dapo" else "sequence"
+    group = {"algorithm": "grpo", "objective": {"penalty": {"none": {}}, "average": average}, "eval": {"every": 0, "prompts": 2}}
+    optimizer = {"lr": options["lr"]}
+    if "kind" in record:
+        lesson = shared.Lesson(**{**record, "shape": shared.Shape(**record["shape"])})
+        rows = {"data": data, "batch": lesson.batch, "optimizer": optimizer}
+        return (sft, rows) if lesson.kind == "sft" else (dpo, rows | {"beta": 0.1})
+    if "target" in record:
+        race = shared.Race(**record)
+        return rl, group | {
+            "data": data, "reward": {f"{HERE}:right": {}}, "prompts": race.prompts, "samples": race.samples, "sampling": {"max_tokens": race.new},
+            "optimizer": optimizer | {"warmup": race.warmup},
+        }  # fmt: skip
+    work = shared.Workload(**{**record, "shape": shared.Shape(**record["shape"])})
+    force(work.lengths(), work.shape.vocabulary - 2, work.new)
+    unguarded = {"guards": {"sampler": 1e9, "probability": 1.0}, "max_mismatch": 1.0}  # a forced end has no log-probability
+    return rl, group | unguarded | {
+        "data": data | {"max_prompt_tokens": work.prompt, "max_tokens": work.new}, "reward": f"{HERE}:worths", "prompts": work.prompts,
+        "samples": work.samples, "sampling": {"max_tokens": work.new, "slots": work.answers}, "optimizer": optimizer,
     }  # fmt: skip
 
 

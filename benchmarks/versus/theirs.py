@@ -1,6 +1,6 @@
-"""TRL's side: GRPOTrainer on a workload, one optimizer step for each line on standard input; answers on standard output are lines of JSON behind a mark.
+"""TRL's side: a trainer on a workload, one optimizer step for each line on standard input; answers on standard output are lines of JSON behind a mark.
 
-    PYTHON theirs.py FOLDER '{"micro": 64, "dtype": "float32", "paged": false, "loss": "dapo", "steps": 10, "threads": 2}'
+    PYTHON theirs.py FOLDER '{"micro": 64, "dtype": "float32", "paged": false, "loss": "dapo", "steps": 10, "threads": 2, "lr": 1e-5, "seed": 0}'
 
 Run by versus_trl.py with the Python of an environment of TRL's own.
 """
@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import workloads as shared
@@ -61,84 +61,138 @@ class Steps(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         seconds = time.perf_counter() - self.began
-        say(
-            step=seconds,
-            generate=self.times.get("generate", 0.0),
-            peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            **{k: v for k, v in self.times.items() if k != "generate"},
-        )
+        say(step=seconds, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **self.times)
 
 
 def main() -> None:
     folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(options["threads"])
-    torch.manual_seed(0)
+    torch.manual_seed(options["seed"])
     record = json.loads((folder / "workload.json").read_text())
-    work = shared.Workload(**{**record, "shape": shared.Shape(**record["shape"])})
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    rows = Dataset.from_list([json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()])
     times: dict[str, float] = {}
-
-    def reward(completions: list[str], **_: Any) -> list[float]:
-        found = [shared.worth(text) for text in completions]
-        times["reward"] = sum(found) / len(found)
-        return found
-
-    config = GRPOConfig(
+    common = dict(
         output_dir=str(folder / "trl"), use_cpu=True, bf16=options["dtype"] == "bfloat16", per_device_train_batch_size=options["micro"],
-        gradient_accumulation_steps=work.answers // options["micro"], num_generations=work.samples, max_completion_length=work.new,
-        temperature=1.0, top_k=0, top_p=1.0, learning_rate=options["lr"], lr_scheduler_type="constant", beta=0.0, loss_type=options["loss"],
-        scale_rewards="group", max_steps=options["steps"], gradient_checkpointing=False, disable_dropout=True, report_to=[], logging_steps=10**6,
-        save_strategy="no", weight_decay=0.0, max_grad_norm=1.0, adam_beta2=0.95, shuffle_dataset=False, seed=0, disable_tqdm=True,
-        use_transformers_continuous_batching=options["paged"],
+        learning_rate=options["lr"], lr_scheduler_type="constant", max_steps=options["steps"], gradient_checkpointing=False, report_to=[],
+        logging_steps=10**6, save_strategy="no", weight_decay=0.0, max_grad_norm=1.0, adam_beta2=0.95, shuffle_dataset=False, seed=options["seed"],
+        disable_tqdm=True,
     )  # fmt: skip
-    trainer = GRPOTrainer(
-        model=model,
-        reward_funcs=reward,
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[Steps(times)],
-    )
-    trainer.remove_callback(type("None", (TrainerCallback,), {}))
-    forced, plain = Forced(work.lengths(), tokenizer.eos_token_id, work.new), trainer.model.generate
-
-    def generate(*given: Any, **named: Any) -> Any:
-        forced.first = named["input_ids"].shape[1]
-        began = time.perf_counter()
-        found = plain(*given, logits_processor=LogitsProcessorList([forced]), **named)
-        times["generate"] = time.perf_counter() - began
-        return found
-
-    trainer.model.generate = generate
+    if "kind" in record:
+        trainer = lesson(shared.Lesson(**{**record, "shape": shared.Shape(**record["shape"])}), common, model, tokenizer, rows)
+    elif "target" in record:
+        trainer = race(
+            shared.Race(**record),
+            common | {"warmup_steps": record["warmup"], "lr_scheduler_type": "constant_with_warmup"},
+            options,
+            model,
+            tokenizer,
+            rows,
+            times,
+        )
+    else:
+        trainer = grpo(
+            shared.Workload(**{**record, "shape": shared.Shape(**record["shape"])}), common, options, model, tokenizer, rows, times
+        )
+    trainer.add_callback(Steps(times))
     if options.get("dump"):
         dump(trainer, Path(options["dump"]))
-    say(ready=True, micro=options["micro"], dtype=options["dtype"])
+    say(ready=True)
     trainer.train()
     say(done=True)
 
 
+def lesson(work: shared.Lesson, common: dict[str, Any], model: Any, tokenizer: Any, rows: Dataset) -> Any:
+    """SFT on completions, or DPO with the reference's log-probabilities read beforehand."""
+    size = {k: v for k, v in common.items() if k != "shuffle_dataset"} | {
+        "gradient_accumulation_steps": work.batch // common["per_device_train_batch_size"]
+    }
+    if work.kind == "sft":
+        return SFTTrainer(model=model, args=SFTConfig(**size, max_length=work.context), train_dataset=rows, processing_class=tokenizer)
+    config = DPOConfig(**size, max_length=work.context, beta=0.1, precompute_ref_log_probs=True, disable_dropout=True)
+    return DPOTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+
+
+def grpo(
+    work: shared.Workload,
+    common: dict[str, Any],
+    options: dict[str, Any],
+    model: Any,
+    tokenizer: Any,
+    rows: Dataset,
+    times: dict[str, float],
+) -> Any:
+    """GRPO without a penalty; answers end where the workload says."""
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [shared.worth(text) for text in completions]
+
+    trainer = group(work, work.answers, common, options, model, tokenizer, rows, reward)
+    timed(trainer, times, LogitsProcessorList([Forced(work.lengths(), tokenizer.eos_token_id, work.new)]))
+    return trainer
+
+
+def race(
+    work: shared.Race, common: dict[str, Any], options: dict[str, Any], model: Any, tokenizer: Any, rows: Dataset, times: dict[str, float]
+) -> Any:
+    """GRPO on sums; each step says which share of its answers was right."""
+
+    def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+        found = shared.right(completions, answer)
+        times["reward"] = sum(found) / len(found)
+        return found
+
+    trainer = group(work, work.prompts * work.samples, common, options, model, tokenizer, rows, reward)
+    timed(trainer, times, LogitsProcessorList())
+    return trainer
+
+
+def group(
+    work: Any, answers: int, common: dict[str, Any], options: dict[str, Any], model: Any, tokenizer: Any, rows: Dataset, reward: Any
+) -> Any:
+    config = GRPOConfig(
+        **common, gradient_accumulation_steps=answers // common["per_device_train_batch_size"], num_generations=work.samples,
+        max_completion_length=work.new, temperature=1.0, top_k=0, top_p=1.0, beta=0.0, loss_type=options["loss"], scale_rewards="group",
+        disable_dropout=True, use_transformers_continuous_batching=options["paged"],
+    )  # fmt: skip
+    return GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=rows, processing_class=tokenizer)
+
+
+def timed(trainer: Any, times: dict[str, float], processors: LogitsProcessorList) -> None:
+    """Time the model's generation, with these processors of its scores."""
+    plain = trainer.model.generate
+
+    def generate(*given: Any, **named: Any) -> Any:
+        for processor in processors:
+            processor.first = named["input_ids"].shape[1]
+        began = time.perf_counter()
+        found = plain(*given, **({"logits_processor": processors} if processors else {}), **named)
+        times["generate"] = time.perf_counter() - began
+        return found
+
+    trainer.model.generate = generate
+
+
 def dump(trainer: Any, path: Path) -> None:
-    """Keep the first step's rollouts, advantages, losses and gradient."""
+    """Keep the first step's rollouts, advantages, losses and gradient (before clipping)."""
     plain, kept = trainer._compute_loss, []
 
     def compute(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         loss = plain(model, inputs)
-        kept.append(
-            {name: inputs[name].detach().clone() for name in ("prompt_ids", "completion_ids", "completion_mask", "advantages")}
-            | {"loss": loss.detach().clone()}
-        )
+        wanted = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
+        kept.append({name: inputs[name].detach().clone() for name in wanted} | {"loss": loss.detach().clone()})
         return loss
 
-    trainer._compute_loss = compute
-
     class Keep(TrainerCallback):
-        def on_pre_optimizer_step(self, *_: Any, model: Any = None, **__: Any) -> None:
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
             if not path.exists():
-                grads = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
-                torch.save({"parts": kept, "gradient": grads}, path)
+                torch.save(
+                    {"parts": kept, "gradient": {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}},
+                    path,
+                )
 
+    trainer._compute_loss = compute
     trainer.args.max_grad_norm = 0.0
     trainer.add_callback(Keep())
 

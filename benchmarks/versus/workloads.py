@@ -57,6 +57,35 @@ class Workload:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """Supervised or preference training on the instructions of rasbt-instruct (the folder TILT_DATA): `batch` rows a step, answers of `kind` sft or dpo."""
+
+    kind: str
+    shape: Shape
+    batch: int = 32
+    context: int = 512
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Race:
+    """GRPO on two-digit sums from the same SFT weights until the mean of `window` steps' sampled answers is right in `target` of the cases."""
+
+    target: float = 0.9
+    window: int = 4
+    prompts: int = 64
+    samples: int = 8
+    new: int = 5
+    lr: float = 5e-4
+    warmup: int = 5
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 SMALL = Shape(width=128, layers=4, heads=4, kv_heads=2, inner=384, vocabulary=1024)
 WORKLOADS = {
     "W1": Workload(SMALL, prompt=64, new=64, samples=8, answers=64),
@@ -64,6 +93,9 @@ WORKLOADS = {
     "W3": Workload(Shape(256, 4, 4, 2, 768, 151_936), prompt=128, new=64, samples=8, answers=32),
     "W4": Workload(Shape(512, 8, 8, 4, 1536, 4096), prompt=256, new=128, samples=8, answers=64, stops=True),
 }
+CHECK = Workload(SMALL, prompt=24, new=48, samples=4, answers=16, stops=True)  # what both sides are compared on, number by number
+LESSONS = {"W6-sft": Lesson("sft", Shape(256, 4, 4, 2, 768, 4096)), "W6-dpo": Lesson("dpo", Shape(256, 4, 4, 2, 768, 4096))}
+RACES = {"W5": Race()}
 
 
 def words(size: int) -> list[str]:
@@ -85,3 +117,13 @@ def worth(completion: str) -> float:
 def worths(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """The same as a reward function of Tilt."""
     return [worth(text) for text in completions]
+
+
+def right(completions: list[str], answer: list[str], **columns: object) -> list[float]:
+    """1 where the completion is exactly the sum, else 0: a reward function of both sides."""
+    return [float(given.strip() == sought) for given, sought in zip(completions, answer, strict=True)]
+
+
+def question(row: dict[str, str]) -> str:
+    """The prompt of a row of rasbt-instruct."""
+    return row["instruction"] + (f"\n{row['input']}" if row["input"] else "") + "\n"
