@@ -61,7 +61,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("budget", [1e9, 0.0])
 def test_generation_is_scaled_from_some_prompts_to_all(monkeypatch: Any, machine: Any, budget: float) -> None:
     """With a budget for one prompt in eight the whole step is foretold, and exactly so on a machine of that kind; likewise the longest step."""
-    monkeypatch.setattr(estimating, "BUDGET", budget)
+    monkeypatch.setattr(estimating, "DRAWING", budget)
     config, opened = machine([40, 40, 40, 40], 8)
     drawn, found = estimating.generation(config, opened)
     assert len(drawn) == (32 if budget else 4) and opened.parts.sampler.sampling.max_tokens == 40
@@ -70,7 +70,7 @@ def test_generation_is_scaled_from_some_prompts_to_all(monkeypatch: Any, machine
 
 
 def test_answers_that_end_early_cost_what_they_take(monkeypatch: Any, machine: Any) -> None:
-    monkeypatch.setattr(estimating, "BUDGET", 0.0)
+    monkeypatch.setattr(estimating, "DRAWING", 0.0)
     lengths = [12, 40, 25, 30]
     found = estimating.generation(*machine(lengths, 8))[1]
     assert found(False) == pytest.approx(decoding(lengths * 8, 8), rel=0.01)

@@ -120,6 +120,8 @@ def _model(judge: Judge, path: str, run: Run) -> Opened:
 def _function(given: Any) -> Opened:
     (spec,) = parse({"function": given}, "judge.function")
     assert isinstance(spec.source, Function)
+    if spec.source.overlap:
+        raise UsageError("`judge.function.overlap` is about rewards, and a judge of pairs is asked when all are there: leave it out")
     function, (path, name) = function_of(spec), locate(spec.source.file)
     record = {"function": spec.source.file, "sha256": sha256(path.read_bytes()).hexdigest()}
 

@@ -25,7 +25,8 @@ from tilt.recipes.settings import Guards
 from tilt.runs import machine
 from tilt.runs.text import duration
 
-BUDGET = 3.0  # seconds that a half of a step may be tried for; a step that takes less is tried whole
+DRAWING = 6.0  # seconds that answers may be drawn for: how long they get is known from so many alone
+BUDGET = 3.0  # seconds that an update may be tried for; what takes less is tried whole
 SHORT = 6  # decoding steps of a short trial
 
 
@@ -150,7 +151,7 @@ def generation(config: Config, opened: rl.Opened) -> tuple[list[Rollout], Decodi
     (first, space, _), (short, _, _) = draw(few, 1), draw(few, 1 + SHORT)
     steps = max(1, min(SHORT, new - 1))
     each = max(1e-9, short - first) / steps
-    count = max(1, min(len(few), int(len(few) * BUDGET / max(first + each * new, 1e-9))))
+    count = max(1, min(len(few), int(len(few) * DRAWING / max(first + each * new, 1e-9))))
     tried = few[:count]
     if count < len(few):
         (base, _, _), (brief, _, _) = draw(tried, 1), draw(tried, 1 + SHORT)

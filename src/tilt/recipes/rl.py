@@ -131,9 +131,9 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
 
 
 def answered(parts: Parts, samples: int, step: int, clock: Clock, prompts: Sequence[Prompt]) -> Answers:
-    """Answers to each prompt, and what they earn."""
+    """Answers to each prompt, and what they earn; what judges in a worker of its own may begin while others are generated."""
     with clock("generate"):
-        rollouts = parts.sampler.sample(prompts, samples, step=step)
+        rollouts = parts.sampler.sample(prompts, samples, step=step, finished=parts.scoring.begin)
     with clock("reward"):
         texts, rewards = parts.scoring.judge(rollouts, training=True)
     return Answers(rollouts, texts, rewards, parts.scoring.score.report)

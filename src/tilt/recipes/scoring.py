@@ -52,6 +52,11 @@ class Scoring:
         texts = self.read(rollouts)
         return texts, self.score(rollouts, texts, training=training)
 
+    @property
+    def begin(self) -> Callable[[Sequence[Rollout]], None] | None:
+        """What is to be told of the answers to a prompt as soon as they have ended; None where no part of the reward can begin before all have."""
+        return (lambda rollouts: self.score.begin(rollouts, self.read(rollouts))) if self.score.overlaps else None
+
     def __call__(self, rollouts: Sequence[Rollout]) -> Rewards:
         return self.judge(rollouts)[1]
 

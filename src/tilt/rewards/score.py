@@ -18,8 +18,9 @@ from tilt.data.rollouts import Rollout
 from tilt.errors import DataError, UsageError
 from tilt.objectives.credit import earned
 from tilt.objectives.experience import Rewards
+from tilt.rewards.ahead import Ahead
 from tilt.rewards.functions import RewardFunction, Scored
-from tilt.rewards.spec import Judge, LoadModel, Model, Process, RewardSpec, function_of, parse
+from tilt.rewards.spec import Function, Judge, LoadModel, Model, Process, RewardSpec, function_of, parse
 from tilt.rewards.text import Text
 from tilt.segments import Layout
 
@@ -176,11 +177,26 @@ class Scorer:
                     ends[start + action] = True
         return steps, ends
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a part can judge some answers while others are generated."""
+        return any(isinstance(part.call, Ahead) for part in self.parts)
+
+    def begin(self, rollouts: Sequence[Rollout], texts: Sequence[Text]) -> None:
+        """Let the parts that can begin with the answers to one prompt; what they say is read with the whole batch."""
+        for part in self.parts:
+            if isinstance(part.call, Ahead):
+                part.call.begin(rollouts, texts)
+
     def close(self) -> None:
         """End the workers of isolated functions."""
         for part in self.parts:
-            if isinstance(part.call, Called):
-                part.call.close()
+            called = part.call
+            if isinstance(called, Ahead):
+                called.close()
+                called = called.call
+            if isinstance(called, Called):
+                called.close()
 
 
 @dataclass(frozen=True)
@@ -229,11 +245,12 @@ def build(
     clip: tuple[float, float] = (-math.inf, math.inf),
 ) -> Scorer:
     """The scorer that a configuration's `reward:` asks for; files are relative to `base`, reward models come from `load_model`."""
-    parts = [
-        Part(
-            spec.name, spec.weight, load_model(spec) if isinstance(spec.source, Model | Process | Judge) else Called(function_of(spec, base)),
-            Running() if spec.normalise else None,
-        )
-        for spec in parse(reward)
-    ]  # fmt: skip
+
+    def called(spec: RewardSpec) -> Callable[[Sequence[Rollout], Sequence[Text]], Scored]:
+        if isinstance(spec.source, Model | Process | Judge):
+            return load_model(spec)
+        function = Called(function_of(spec, base))
+        return Ahead(function) if isinstance(spec.source, Function) and spec.source.overlap else function
+
+    parts = [Part(spec.name, spec.weight, called(spec), Running() if spec.normalise else None) for spec in parse(reward)]
     return Scorer(parts, missing_eos_penalty, clip)

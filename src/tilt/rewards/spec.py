@@ -22,12 +22,22 @@ GRADING = "Request: {prompt}\n\nAnswer: {answer}\n\nHow good is the answer to th
 
 @dataclass(frozen=True)
 class Function:
-    """A function of the user's, `file.py:func`; isolated, it runs in a worker of at most `memory` GiB and `cpu` seconds (0: no limit)."""
+    """A function of the user's, `file.py:func`; isolated, it runs in a worker of at most `memory` GiB and `cpu` seconds (0: no limit).
+
+    With `overlap` the worker is called once for the answers to each prompt, `timeout` seconds each, and begins while other answers are generated.
+    """
 
     file: str
     isolate: bool = False
     memory: float = 4.0
     cpu: int = 0
+    overlap: bool = False
+
+    def __post_init__(self) -> None:
+        if self.overlap and not self.isolate:
+            raise UsageError(
+                "`reward.function.overlap` lets a worker judge while answers are generated, and there is none: set isolate: true, or leave it out"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -54,9 +54,18 @@ class Mask:
 
 @torch.inference_mode()
 def generate(
-    lm: PreTrainedModel, requests: Sequence[Request], sampling: Sampling, stops: Stops, slots: int, mask: Mask | None = None
+    lm: PreTrainedModel,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    stops: Stops,
+    slots: int,
+    mask: Mask | None = None,
+    finished: Callable[[int, list[Answer]], None] | None = None,
 ) -> list[list[Answer]]:
-    """Answers to each request, in order, with at most `slots` rows in one forward. What is drawn depends neither on `slots` nor on the company."""
+    """Answers to each request, in order, with at most `slots` rows in one forward. What is drawn depends neither on `slots` nor on the company.
+
+    `finished` is told of each request as soon as it and all before it have ended: its number and its answers, without the sets that are kept.
+    """
     queue = Queue(requests, slots)
     with evaluating(lm), nullcontext() if mask is None else evaluating(mask.lm):
         forward, head, allowed = _reader(lm, mask, sampling, min(slots, queue.total))
@@ -68,6 +77,9 @@ def generate(
             drawn = choose(head, together, len(stops.ends), chances, sampling, allowed)
             ended = queue.record(drawn.tokens.cpu().numpy(), drawn.logprobs.double().cpu().numpy(), stops, drawn.kept)
             queue.leave(forward, ended)
+            if finished is not None and ended.any():
+                for number, answers in queue.complete():
+                    finished(number, answers)
     return queue.results()
 
 
@@ -117,6 +129,7 @@ class Queue:
         self.unfinished, self.counts = counts.copy(), counts
         self.next, self.active, self.groups = 0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         self.group = np.full(len(requests), -1, dtype=np.int64)  # each request's place among the groups
+        self.told = 0  # requests that `complete` has given out
         self.opening: Tensor | None = None  # hidden state after each group's prompt, [groups, D]
 
     @property
@@ -200,6 +213,13 @@ class Queue:
         self.group[self.groups] = np.arange(len(self.groups))
         if len(self.active):
             forward.arrange(self.group[self.request[self.active]])
+
+    def complete(self) -> Iterator[tuple[int, list[Answer]]]:
+        """Requests that have ended and all before them, each once, in order."""
+        while self.told < len(self.requests) and self.unfinished[self.told] == 0:
+            end = int(self.counts[: self.told + 1].sum())
+            self.told += 1
+            yield self.told - 1, [a for a in self.done[end - int(self.counts[self.told - 1]) : end] if a is not None]
 
     def results(self) -> list[list[Answer]]:
         """The answers by request."""

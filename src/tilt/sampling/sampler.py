@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from tilt.data.rollouts import Prompt, Rollout, Sampling
 from tilt.errors import UsageError
 from tilt.models import compat
 from tilt.models.adapters import plain_copy
-from tilt.sampling.engine import Mask, Request, generate
+from tilt.sampling.engine import Answer, Mask, Request, generate
 from tilt.sampling.randomness import keys
 from tilt.sampling.stopping import Stops
 
@@ -41,9 +41,20 @@ class Sampler:
         self.masking = None  # its memory first
         self.masking = Mask(plain_copy(self.lm).requires_grad_(False), top_p)
 
-    def sample(self, prompts: Sequence[Prompt], samples: int, *, step: int, stream: str = "train") -> list[Rollout]:
-        """`samples` answers to each prompt, prompt by prompt, under the training settings and inside the mask where there is one."""
-        return self._rollouts(prompts, samples, self.sampling, step, stream, self.masking)
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        *,
+        step: int,
+        stream: str = "train",
+        finished: Callable[[list[Rollout]], None] | None = None,
+    ) -> list[Rollout]:
+        """`samples` answers to each prompt, prompt by prompt, under the training settings and inside the mask where there is one.
+
+        `finished` gets the answers to each prompt, in the order of the prompts, as soon as they and all before them have ended.
+        """
+        return self._rollouts(prompts, samples, self.sampling, step, stream, self.masking, finished)
 
     def evaluate(
         self, prompts: Sequence[Prompt], samples: int, *, step: int, sampling: Sampling | None = None, stream: str = "eval"
@@ -68,7 +79,14 @@ class Sampler:
         return twin.requires_grad_(False)
 
     def _rollouts(
-        self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, step: int, stream: str, mask: Mask | None = None
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        sampling: Sampling,
+        step: int,
+        stream: str,
+        mask: Mask | None = None,
+        finished: Callable[[list[Rollout]], None] | None = None,
     ) -> list[Rollout]:
         if samples < 1 or not prompts:
             return []
@@ -81,22 +99,19 @@ class Sampler:
             for i, prompt in enumerate(prompts)
         ]
         stops = Stops(vocabulary_of(self.lm), sampling.stop_ids, sampling.stop_strings, self._decode)
-        found = generate(self.lm, requests, sampling, stops, self.slots, mask)
-        return [
-            Rollout(
-                prompt,
-                a.tokens,
-                (True,) * len(a.tokens),
-                a.logprobs,
-                a.stop,
-                sampling,
-                self.version,
-                (self.seed, step, prompt.id, number),
-                a.kept,
-            )
-            for prompt, answers in zip(prompts, found, strict=True)
-            for number, a in enumerate(answers)
-        ]
+
+        def written(number: int, answers: Sequence[Answer]) -> list[Rollout]:
+            prompt = prompts[number]
+            return [
+                Rollout(
+                    prompt, a.tokens, (True,) * len(a.tokens), a.logprobs, a.stop, sampling, self.version, (self.seed, step, prompt.id, i), a.kept
+                )
+                for i, a in enumerate(answers)
+            ]  # fmt: skip
+
+        tell = None if finished is None else lambda number, answers: finished(written(number, answers))
+        found = generate(self.lm, requests, sampling, stops, self.slots, mask, tell)
+        return [rollout for number, answers in enumerate(found) for rollout in written(number, answers)]
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
