@@ -263,7 +263,7 @@ FAULTS = [
           "return compat.score_of(self.model)(hidden[pack.last_tokens])[:, 0]", "return compat.score_of(self.model)(hidden[pack.last_tokens - 1])[:, 0]", "tests/models/test_saving.py::test_reward_model"),
     # ------------------------------------------------------------------------------------------------ sampler
     Fault("sampler", "sampled at T, reported at 1", "the commonest silent error of all", "sampling/drawing.py",
-          "    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]", "    return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]",
+          "return tokens, mass.gather(-1, tokens[:, None])[:, 0].log()", "return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]",
           DRAWN + "test_draw_equals_a_loop_over_the_cumulative_sum"),
     Fault("sampler", "log-probabilities of the truncated distribution, scored as whole", "the GRPO fork: ratio not 1 on the first pass", "sampling/drawing.py",
           "    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]", "    return tokens, (logprobs if sampling.temperature == 0 else kept.log_softmax(-1)).gather(-1, tokens[:, None])[:, 0]",
@@ -273,7 +273,7 @@ FAULTS = [
     Fault("sampler", "tokens of probability zero can be drawn", "torch.multinomial once drew them", "sampling/drawing.py", "target[:, None], right=True)", "target[:, None], right=False)",
           DRAWN + "test_probability_zero_is_never_drawn"),
     Fault("sampler", "a cumulative sum in float32", "slip: rare tokens of a large vocabulary are never drawn", "sampling/drawing.py",
-          "        tokens = invert(kept.exp().cumsum(-1, dtype=torch.float64), uniforms)\n    return tokens, ", "        tokens = invert(kept.exp().cumsum(-1).double(), uniforms)\n    return tokens, ",
+          "cumulative = mass.cumsum(-1, dtype=torch.float64)", "cumulative = mass.cumsum(-1).double()",
           DRAWN + "test_tokens_rarer_than_a_float32_step_have_their_turn"),
     Fault("sampler", "dropout while sampling", "TRL generates in train mode", "sampling/engine.py", "    lm.eval()\n", "    lm.train()\n",
           SAMPLED + "test_dropout_is_off_inside_and_every_mode_is_restored"),

@@ -33,8 +33,32 @@ def test_draw_equals_a_loop_over_the_cumulative_sum(temperature: float) -> None:
 
 def test_probability_zero_is_never_drawn() -> None:
     """At u = 0 and at the largest u, with impossible tokens first and last."""
-    cumulative = torch.tensor([[0.0, 0.0, 0.25, 0.25, 1.0000001, 1.0000001]], dtype=torch.float64).repeat(4, 1)
-    assert invert(cumulative, torch.tensor([0.0, 0.2499, 0.25, 1 - 2.0**-52], dtype=torch.float64)).tolist() == [2, 2, 4, 4]
+    mass = torch.tensor([[0.0, 0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64).repeat(4, 1)
+    assert invert(mass, torch.tensor([0.0, 0.2499, 0.25, 1 - 2.0**-52], dtype=torch.float64)).tolist() == [2, 2, 4, 4]
+    long = torch.zeros(5, 10_001)
+    long[:, [700, 5_000, 9_999]] = torch.tensor([0.25, 0.5, 0.25])
+    assert invert(long, torch.tensor([0.0, 0.2499, 0.25, 0.75, 1 - 2.0**-52], dtype=torch.float64)).tolist() == [
+        700,
+        700,
+        5_000,
+        9_999,
+        9_999,
+    ]
+
+
+@pytest.mark.parametrize("vocabulary", [4_097, 4_608, 20_011])
+def test_the_search_in_two_steps_is_the_search_in_one(vocabulary: int) -> None:
+    """Against a plain cumulative sum, at ordinary uniforms and just beside the edges of blocks and tokens; the same in any company."""
+    mass = rows(300, vocabulary).float().mul(3).softmax(-1)
+    cumulative = mass.double().cumsum(-1)
+    u = torch.rand(300, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    edges = torch.arange(100) * vocabulary // 100 // 512 * 512
+    u[:100] = (cumulative / cumulative[:, -1:])[torch.arange(100), edges] + 1e-9
+    found = invert(mass, u)
+    target = u * cumulative[:, -1]
+    assert torch.equal(found, torch.searchsorted(cumulative, target[:, None], right=True)[:, 0])
+    assert len(found.unique()) > 150
+    assert torch.equal(invert(mass[7:9], u[7:9]), found[7:9])
 
 
 def test_a_large_vocabulary_keeps_its_rare_tokens() -> None:

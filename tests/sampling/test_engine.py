@@ -14,6 +14,7 @@ from tilt.data.packing import pack
 from tilt.data.rollouts import Prompt, Rollout, Sampling
 from tilt.models import compat
 from tilt.models.policy import Policy
+from tilt.sampling import engine, forward
 from tilt.sampling.randomness import keys, uniforms
 from tilt.sampling.sampler import Sampler
 
@@ -205,3 +206,25 @@ def test_long_answers_outgrow_the_first_chunk_of_the_cache() -> None:
     with torch.no_grad():
         learner = Policy(lm)(pack(whole)).logprobs
     assert (pack(whole).sampler.double() - learner).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_long_prompt_is_read_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget of 16 tokens and prompts of up to 40: read in parts of 6 to 16, the answers are those of whole prompts, windows and sinks included."""
+    lm = build(kind, torch.float32 if kind == "gpt_oss" else torch.float64)
+    asked = prompts((40, 3, 17, 33, 16))
+    whole = sampler(lm, slots=6, max_tokens=7).sample(asked, 2, step=0)
+    parts: list[int] = []
+    run = forward.Cached._run
+
+    def watched(self: forward.Cached, tokens: np.ndarray, *rest: object) -> torch.Tensor:
+        parts.append(len(tokens))
+        return run(self, tokens, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(forward.Cached, "_run", watched)
+    for module in (forward, engine):
+        monkeypatch.setattr(module, "PREFILL_TOKENS", 16)
+    found = sampler(lm, slots=6, max_tokens=7).sample(asked, 2, step=0)
+    assert max(parts) == 16 and parts[:7] == [6] * 6 + [4]
+    assert texts(found) == texts(whole)
+    assert max(abs(a - b) for x, y in zip(found, whole, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True)) < 1e-5

@@ -1,4 +1,4 @@
-"""Keys and values kept between forwards: a prompt's once per group, an answer's in its own slot; and who attends to what while prefilling and decoding."""
+"""Keys and values kept between forwards: a prompt's once per group, an answer's in its own slot, and who attends to what while decoding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -57,65 +56,6 @@ class Store:
             here, there = (torch.from_numpy(rows).to(pair[0].device) for rows in (source, target))
             for x in pair:
                 x[there, :, :columns] = x[here, :, :columns]
-
-
-class Prefill:
-    """Whole prompts end to end in one row: each token sees its own prompt up to itself; keys and values go to the store's rows from `first` on."""
-
-    def __init__(self, store: Store, first: int, lengths: Ints, device: torch.device) -> None:
-        widest = int(lengths.max())
-        starts = np.cumsum(lengths) - lengths
-        column = np.arange(widest)
-        inside = column < lengths[:, None]
-        self.store, self.first, self.prompts, self.widest = store, first, len(lengths), widest
-        self.positions = torch.from_numpy(np.broadcast_to(column, inside.shape)[inside]).to(device)
-        self.last = torch.from_numpy(starts + lengths - 1).to(device)
-        self.pad = torch.from_numpy(np.where(inside, starts[:, None] + column, 0)).to(device)  # [prompts, widest] → index in the row
-        self.real = torch.from_numpy(np.flatnonzero(inside)).to(device)
-        self.masks: dict[int, Tensor] = {}
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layer: int,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """Causal attention of each prompt to itself, right-padded to the longest."""
-        q, k, v = (x[0][:, self.pad].transpose(0, 1) for x in (query, key, value))  # [prompts, heads, widest, width]
-        rows = slice(self.first, self.first + self.prompts)
-        keys, values = self.store.layer(layer, key, value)
-        keys[rows, :, : self.widest], values[rows, :, : self.widest] = k, v
-        if softcap is None and sinks is None:
-            plain = window is None or window >= self.widest
-            out = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=None if plain else self._visible(window),
-                is_causal=plain,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-        else:
-            repeat = q.shape[1] // k.shape[1]
-            scores = (q * scaling) @ k.repeat_interleave(repeat, 1).transpose(2, 3)
-            scores = cap(scores, softcap).masked_fill(~self._visible(window), -torch.inf)
-            out = weights(scores.transpose(1, 2), sinks).transpose(1, 2).to(v.dtype) @ v.repeat_interleave(repeat, 1)
-        return out.transpose(1, 2).flatten(0, 1)[self.real][None]
-
-    def _visible(self, window: int | None) -> Tensor:
-        """[widest, widest], true where query i sees key j: j ≤ i, and i - j < window."""
-        width = window or self.widest
-        if width not in self.masks:
-            ones = torch.ones(self.widest, self.widest, dtype=torch.bool, device=self.pad.device)
-            self.masks[width] = ones.tril() & ~ones.tril(-width)
-        return self.masks[width]
 
 
 class Decode:

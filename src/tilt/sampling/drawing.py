@@ -13,6 +13,7 @@ from tilt.data.rollouts import Sampling
 from tilt.kept import Kept
 
 SCORES = 2**23  # vocabulary scores in memory at once: rows are drawn in parts of so many
+BLOCK = 512  # tokens whose mass is summed together where a vocabulary is searched in two steps
 
 Head = Callable[[Tensor], Tensor]
 
@@ -52,12 +53,16 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, 
     A log-probability is the token's under the whole distribution at the temperature (temperature 1 for greedy), also where truncation
     narrowed the choice. Rows whose logits are not finite come back with a log-probability that is not finite.
     """
+    if sampling.temperature and not sampling.truncated:
+        mass = tempered(logits, sampling.temperature).softmax(-1)
+        tokens = invert(mass, uniforms)
+        return tokens, mass.gather(-1, tokens[:, None])[:, 0].log()
     logprobs = whole(logits, sampling.temperature)
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
     else:
-        kept = truncate(logprobs, sampling.top_k, sampling.top_p, sampling.min_p) if sampling.truncated else logprobs
-        tokens = invert(kept.exp().cumsum(-1, dtype=torch.float64), uniforms)
+        kept = truncate(logprobs, sampling.top_k, sampling.top_p, sampling.min_p)
+        tokens = invert(kept.exp(), uniforms)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
@@ -67,19 +72,45 @@ def draw_kept(logits: Tensor, uniforms: Tensor, sampling: Sampling, allowed: Ten
     if allowed is not None:
         logprobs = logprobs.masked_fill(~allowed, -torch.inf)
     kept = truncate(logprobs, sampling.top_k, sampling.top_p, sampling.min_p)
-    tokens = invert(kept.exp().cumsum(-1, dtype=torch.float64), uniforms)
+    tokens = invert(kept.exp(), uniforms)
     return Drawn(tokens, kept.log_softmax(-1).gather(-1, tokens[:, None])[:, 0], Kept.among(kept > -torch.inf))
 
 
 def whole(logits: Tensor, temperature: float) -> Tensor:
     """log softmax(logits / temperature), in float32 at least; temperature 0 stands for 1 here."""
+    return tempered(logits, temperature).log_softmax(-1)
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature, in float32 at least; temperature 0 stands for 1 here."""
     scores = logits if logits.dtype == torch.float64 else logits.float()
-    return (scores if temperature in (0.0, 1.0) else scores / temperature).log_softmax(-1)
+    return scores if temperature in (0.0, 1.0) else scores / temperature
 
 
-def invert(cumulative: Tensor, uniforms: Tensor) -> Tensor:
-    """The first index whose cumulative mass exceeds u · total, so that no index of probability 0 is ever chosen."""
+def invert(mass: Tensor, uniforms: Tensor) -> Tensor:
+    """The first index at which the cumulated mass [rows, vocabulary] exceeds u · total, so that no index of mass 0 is ever chosen; sums in float64.
+
+    A large vocabulary is searched in two steps: first the block of tokens by the blocks' sums, then the token inside it.
+    """
+    rows, vocabulary = mass.shape
+    if vocabulary <= 8 * BLOCK:
+        cumulative = mass.cumsum(-1, dtype=torch.float64)
+        return search(cumulative, uniforms * cumulative[:, -1])
+    blocks = vocabulary // BLOCK
+    sums = mass[:, : blocks * BLOCK].view(rows, blocks, BLOCK).sum(-1, dtype=torch.float64)
+    sums = torch.cat((sums, mass[:, blocks * BLOCK :].sum(-1, keepdim=True, dtype=torch.float64)), -1)
+    cumulative = sums.cumsum(-1)
     target = uniforms * cumulative[:, -1]
+    block = search(cumulative, target)[:, None]
+    rest = (target[:, None] - cumulative.gather(-1, block) + sums.gather(-1, block)).clamp(min=0)[:, 0]
+    index = block * BLOCK + torch.arange(BLOCK, device=mass.device)
+    inside = mass.gather(-1, index.clamp(max=vocabulary - 1)).masked_fill(index >= vocabulary, 0)
+    last = torch.where(inside > 0, index, 0).amax(-1)  # where rounding left the target at the block's very end
+    return torch.minimum(search(inside.cumsum(-1, dtype=torch.float64), rest) + block[:, 0] * BLOCK, last)
+
+
+def search(cumulative: Tensor, target: Tensor) -> Tensor:
+    """The first index [rows] whose cumulated mass exceeds the row's target."""
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
 
 

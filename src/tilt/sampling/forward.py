@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from tilt.models import compat
 from tilt.models.attention import Attend
 from tilt.sampling.anatomy import is_common
-from tilt.sampling.cache import Decode, Ints, Prefill, Store
+from tilt.sampling.cache import Decode, Ints, Store
 from tilt.sampling.lean import Lean
+from tilt.sampling.prefill import Continue, Prefill
 
 PREFILL_TOKENS = 4096  # prompt tokens in one forward: enough to fill the cores, few enough for the activations to stay small
 
@@ -82,10 +83,22 @@ class Cached:
 
     def prefill(self, prompts: Sequence[Ints], first: int) -> Tensor:
         lengths = np.array([len(prompt) for prompt in prompts])
+        longest = int(lengths.max())
         self.lengths = np.concatenate((self.lengths[:first], lengths))
-        self.prompts.reserve(first + len(prompts), int(lengths.max()))
+        self.prompts.reserve(first + len(prompts), longest)
+        if longest > PREFILL_TOKENS:
+            return torch.cat([self._in_parts(prompt, first + i) for i, prompt in enumerate(prompts)])
         plan = Prefill(self.prompts, first, lengths, self.device)
-        return self._run(np.concatenate(prompts), plan.positions, int(lengths.max()), plan)[plan.last]
+        return self._run(np.concatenate(prompts), plan.positions, longest, plan)[plan.last]
+
+    def _in_parts(self, prompt: Ints, row: int) -> Tensor:
+        """A long prompt a part at a time, the parts shorter where much lies before them; the hidden state after it, [1, D]."""
+        length = len(prompt)
+        part = min(PREFILL_TOKENS, max(PREFILL_TOKENS // 16, PREFILL_TOKENS**2 // length))
+        for start in range(0, length, part):
+            plan = Continue(self.prompts, row, start, min(start + part, length), self.device)
+            hidden = self._run(prompt[plan.start : plan.stop], plan.positions, plan.stop, plan)
+        return hidden[-1:]
 
     def arrange(self, group: Ints) -> None:
         self.plan.arrange(group, self.lengths)
