@@ -33,7 +33,7 @@ format: $(VENV)/.installed-dev  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-dev  ## the benchmarks of language models, one after the other
-	@set -e; found=0; for file in $(filter-out benchmarks/classic.py benchmarks/versus_sb3.py benchmarks/versus_trl.py,$(wildcard benchmarks/*.py)); do \
+	@set -e; found=0; for file in $(filter-out benchmarks/classic.py benchmarks/versus_sb3.py benchmarks/versus_trl.py benchmarks/estimates.py,$(wildcard benchmarks/*.py)); do \
 	  test -e "$$file" || continue; found=1; echo "== $$file"; HF_HUB_OFFLINE=1 $(BIN)/python "$$file"; \
 	done; test $$found = 1 || { echo "benchmarks/ holds no benchmark yet"; exit 1; }
 

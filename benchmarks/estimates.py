@@ -82,7 +82,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     print(f"{'':10} {'estimated':>10} {'measured':>10} {'ratio':>6}")
     for name in chosen.workloads:
-        folder = prepared(name, shared.WORKLOADS[name], chosen.steps)
+        folder = prepared(name, chosen.steps)
         said, took = (child(which, folder, chosen.steps, chosen.threads, chosen.cpu) for which in ("estimate", "run"))
         found[name] = {"estimated": said, "measured": took}
         print(f"{name}, estimated in {said['probing']:.1f} s")
