@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tilt.data.packing import Pack, pack
 from tilt.data.rollouts import Prompt, Rollout
+from tilt.models import compat
 from tilt.models.policy import Policy
 from tilt.models.work import cached_bytes
 from tilt.objectives import ProcessRelative, Rewards
@@ -24,9 +25,11 @@ from tilt.recipes.rl_settings import Config
 from tilt.recipes.settings import Guards
 from tilt.runs import machine
 from tilt.runs.text import duration
+from tilt.sampling.probe import halving
 
 DRAWING = 6.0  # seconds that answers may be drawn for: how long they get is known from so many alone
 BUDGET = 3.0  # seconds that an update may be tried for; what takes less is tried whole
+WORTH = 1.15  # gain of bfloat16 in sampling from which on it is mentioned
 SHORT = 6  # decoding steps of a short trial
 
 
@@ -276,4 +279,18 @@ def said(config: Config, policy: Policy, tried: Estimate, held: Mapping[str, int
         f"time       about {duration(config.steps * tried.step)}: {config.steps} steps × {tried.step:.2f} s; {config.steps} × {tried.longest:.2f} s "
         f"if every answer is {config.sampling.max_tokens} tokens long; evaluations come on top",
         f"phases     {seconds}; tried here on parts of a step and scaled",
+        *halved(config, policy),
+    ]
+
+
+def halved(config: Config, policy: Policy) -> list[str]:
+    """What sampling in bfloat16 would bring on this CPU, where that is worth a line and nothing was chosen."""
+    if config.sampling.dtype != "auto" or compat.device_of(policy.lm).type != "cpu":
+        return []
+    gain = halving(policy.lm, min(config.prompts * config.samples, config.sampling.slots))
+    if gain < WORTH:
+        return []
+    return [
+        f"sampling   sampling.dtype=bfloat16 would multiply weights {gain:.1f} times as fast here; answers then come from a rounded policy, "
+        "which the `corrections` of an objective account for"
     ]

@@ -110,6 +110,13 @@ def precision(run: Run, device: torch.device) -> Callable[[], AbstractContextMan
     return nullcontext
 
 
+def drawing_dtype(run: Run, wanted: str, device: torch.device) -> torch.dtype | None:
+    """What answers are drawn in, None for the policy's own. On a CPU `auto` never means bfloat16, however fast: the learner computes in float32 there."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" and precision(run, device) is not nullcontext else None
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
 def language_model(model: str | Scratch, tokenizer: str | None, corpus: Callable[[], Iterable[str]], seed: int) -> tuple[Any, Any, str]:
     """A causal LM, its tokenizer and its short name: from a folder or hub name, or built and its tokenizer trained on the corpus."""
     if not isinstance(model, Scratch):

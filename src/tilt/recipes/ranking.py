@@ -103,7 +103,8 @@ def run(config: Config) -> Result:
     prompts = render.prompts([*rows.train, *rows.held_out])
     judged = scoring(config.reward, tokenizer, device)
     sampling, mark = sampling_of(config.sampling, render), fingerprint(policy)
-    sampler = Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots)
+    drawn = opening.drawing_dtype(config, config.sampling.dtype, device)
+    sampler = Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots, dtype=drawn)
     rehearse(judged, sampler, prompts)
     parts = [prompts[i : i + config.prompts] for i in range(0, len(prompts), config.prompts)]
     directory, journal = opening.directory(config, "ranking", name, len(parts), IMPORTANT, label="rank")

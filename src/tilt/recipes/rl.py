@@ -243,7 +243,8 @@ def assembled(config: Config, ending: ExitStack) -> Opened:
     trial = replace(
         trial, also=also, divergence=divergence(learner, config.eval.temperature), more=partial(also_measured, texts.measure, first)
     )
-    sampler = Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots)
+    drawn = opening.drawing_dtype(config, config.sampling.dtype, device)
+    sampler = Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots, dtype=drawn)
     earned = rehearse(judged, sampler, prompts)
     if also is not None:
         rehearse(also, sampler, prompts)
@@ -268,7 +269,8 @@ def _learner(
     settings = config.optimizer.settings()
     passes = Passes(config.passes, config.minibatches, config.micro_tokens, config.max_mismatch)
     learning = config.steps - critic_warmup(config, objective)
-    half = opening.precision(config, device) is not nullcontext or compat.dtype_of(policy.lm) in (torch.float16, torch.bfloat16)
+    dtypes = (compat.dtype_of(policy.lm), opening.drawing_dtype(config, config.sampling.dtype, device))
+    half = opening.precision(config, device) is not nullcontext or any(dtype in (torch.float16, torch.bfloat16) for dtype in dtypes)
     guards = Guards(**config.guards.model_dump(), half=half, fresh=config.reference is None)
     own = None if critic is None else Optimizer(critic, replace(settings, lr=config.critic_lr or settings.lr), config.steps * passes.steps)
     return Learner(

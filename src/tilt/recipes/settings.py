@@ -160,6 +160,13 @@ class Sampling(Section):
         ),
     ] = False
     slots: Annotated[int, Field(ge=1, description="answers decoded side by side")] = 512
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(
+            description="of the weights that draw; bfloat16 is a copy cast at every publish, faster and not quite the learner's policy; "
+            "auto = bfloat16 where a GPU computes in it, else the policy's own"
+        ),
+    ] = "auto"
 
     @model_validator(mode="after")
     def _scorable(self) -> Sampling:
