@@ -65,3 +65,8 @@ def test_the_gain_is_measured_and_told_only_where_it_is_worth_it(settings, monke
         assert len(estimating.halved(config, policy)) == lines
     chosen = config.model_copy(update={"sampling": config.sampling.model_copy(update={"dtype": "float32"})})
     assert estimating.halved(chosen, policy) == []
+
+
+def test_where_nothing_is_trained_on_samples_the_dtype_is_refused(run_sft) -> None:
+    with pytest.raises(ValueError, match=r"sampling\.dtype: without effect"):
+        run_sft(sampling={"dtype": "bfloat16"}, reward="exact")

@@ -245,7 +245,7 @@ def _sampled(config: Config, model: str) -> Answers:
     prompts = render.prompts([*rows.train, *rows.held_out])
     sampling, mark, read = sampling_of(config.sampling, render), fingerprint(policy), reader(tokenizer)
     drawn = opening.drawing_dtype(config, config.sampling.dtype, device)
-    sampler = Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots, dtype=drawn)
+    sampler = Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots, dtype=drawn, cache=config.sampling.cache)
     texts_of = [prompt.columns.get(TURNS, prompt.columns["prompt"]) for prompt in prompts]
 
     def pairs(said: Sequence[str], asked: Sequence[Any]) -> list[Pair]:

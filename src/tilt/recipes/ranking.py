@@ -104,7 +104,7 @@ def run(config: Config) -> Result:
     judged = scoring(config.reward, tokenizer, device)
     sampling, mark = sampling_of(config.sampling, render), fingerprint(policy)
     drawn = opening.drawing_dtype(config, config.sampling.dtype, device)
-    sampler = Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots, dtype=drawn)
+    sampler = Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots, dtype=drawn, cache=config.sampling.cache)
     rehearse(judged, sampler, prompts)
     parts = [prompts[i : i + config.prompts] for i in range(0, len(prompts), config.prompts)]
     directory, journal = opening.directory(config, "ranking", name, len(parts), IMPORTANT, label="rank")

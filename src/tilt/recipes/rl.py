@@ -239,12 +239,22 @@ def assembled(config: Config, ending: ExitStack) -> Opened:
     moving = roles.moving(config, anchor, policy)
     modules |= {} if moving is None else {"first reference": moving.first}
     first = None if moving is None else divergence(learner, config.eval.temperature, roles.always(moving.first))
-    trial = Trial.of(policy, tokenizer, held or prompts, judged, sampling, config.eval, seed=config.seed, slots=config.sampling.slots)
+    trial = Trial.of(
+        policy,
+        tokenizer,
+        held or prompts,
+        judged,
+        sampling,
+        config.eval,
+        seed=config.seed,
+        slots=config.sampling.slots,
+        cache=config.sampling.cache,
+    )
     trial = replace(
         trial, also=also, divergence=divergence(learner, config.eval.temperature), more=partial(also_measured, texts.measure, first)
     )
     drawn = opening.drawing_dtype(config, config.sampling.dtype, device)
-    sampler = Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots, dtype=drawn)
+    sampler = Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots, dtype=drawn, cache=config.sampling.cache)
     earned = rehearse(judged, sampler, prompts)
     if also is not None:
         rehearse(also, sampler, prompts)

@@ -160,6 +160,13 @@ class Sampling(Section):
         ),
     ] = False
     slots: Annotated[int, Field(ge=1, description="answers decoded side by side")] = 512
+    cache_gib: Annotated[
+        float | None,
+        Field(
+            gt=0.0,
+            description="GiB for keys and values; answers that do not fit wait, or begin again and draw the same tokens; None = as much as it takes",
+        ),
+    ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Field(
@@ -179,6 +186,11 @@ class Sampling(Section):
         if self.keep_sets and not cut:
             raise ValueError("keep_sets has no sets to keep: set top_k, top_p or min_p, or leave it out")
         return self
+
+    @property
+    def cache(self) -> int | None:
+        """Bytes for keys and values."""
+        return None if self.cache_gib is None else int(self.cache_gib * 2**30)
 
     @property
     def narrowed(self) -> list[str]:

@@ -71,6 +71,8 @@ class Config(Training):
             raise ValueError(
                 f"{', '.join(idle)}: without effect, since answers are sampled only to be scored; name a reward, or leave it out"
             )
+        if self.sampling.dtype != "auto":
+            raise ValueError("sampling.dtype: without effect, evaluation draws from the policy's own weights; leave it out")
         if self.sampling.keep_sets:
             raise ValueError(
                 "sampling.keep_sets: without effect, since nothing is trained on sampled answers; truncate in `eval:`, or leave it out"
@@ -135,7 +137,7 @@ def _measure(
         return likely
     trial = Trial.of(
         learner.policy, tokenizer, render.prompts(held_out), judged, sampling_of(config.sampling, render), config.eval,
-        seed=config.seed, slots=config.sampling.slots,
+        seed=config.seed, slots=config.sampling.slots, cache=config.sampling.cache,
     )  # fmt: skip
     return lambda: likely() | trial().metrics
 

@@ -46,10 +46,15 @@ class Trial:
         *,
         seed: int,
         slots: int,
+        cache: int | None = None,
     ) -> Trial:
         own = replace(sampling, temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, min_p=given.min_p, keep_sets=False)
         return Trial(
-            Sampler(policy.lm, tokenizer, sampling, seed=seed, slots=slots), list(prompts)[: given.prompts], scoring, own, given.samples
+            Sampler(policy.lm, tokenizer, sampling, seed=seed, slots=slots, cache=cache),
+            list(prompts)[: given.prompts],
+            scoring,
+            own,
+            given.samples,
         )
 
     def __call__(self) -> Assessment:

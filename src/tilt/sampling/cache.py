@@ -10,10 +10,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ints = NDArray[np.int64]
+CHUNK = 16  # columns by which room grows at least
 
 flash = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 )  # gives log Σ exp of the scores beside the result; 0 where a query sees nothing
+
+
+def rounded(columns: int) -> int:
+    """Columns in whole chunks, as they are held where memory is limited."""
+    return -(-columns // CHUNK) * CHUNK
 
 
 class Store:
@@ -39,14 +45,25 @@ class Store:
         """Make room for so many rows and columns. Rows double; columns grow by an eighth, because what is read at every step should lie close together."""
         if rows <= self.rows and columns <= self.columns:
             return
-        old_rows, old_columns = self.rows, self.columns
-        self.rows = self.rows if rows <= self.rows else max(rows, 2 * self.rows)
-        self.columns = self.columns if columns <= self.columns else max(columns, self.columns + max(16, self.columns // 8))
+        self.resize(
+            self.rows if rows <= self.rows else max(rows, 2 * self.rows),
+            self.columns if columns <= self.columns else max(columns, self.columns + max(CHUNK, self.columns // 8)),
+        )
+
+    @property
+    def places(self) -> int:
+        """Tokens that there is room for."""
+        return self.rows * self.columns
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Exactly so many rows and columns; what lies beyond is dropped."""
+        both = min(rows, self.rows), min(columns, self.columns)
+        self.rows, self.columns = rows, columns
         for number, pair in self.layers.items():
-            grown = (self._zeros(pair[0]), self._zeros(pair[1]))
-            for new, old in zip(grown, pair, strict=True):
-                new[:old_rows, :, :old_columns] = old
-            self.layers[number] = grown
+            made = (self._zeros(pair[0]), self._zeros(pair[1]))
+            for new, old in zip(made, pair, strict=True):
+                new[: both[0], :, : both[1]] = old[: both[0], :, : both[1]]
+            self.layers[number] = made
 
     def move(self, source: Ints, target: Ints, columns: int) -> None:
         """Copy rows `source` over rows `target`, the first columns only."""

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tilt.data.rollouts import Sampling
-from tilt.errors import NumericError
+from tilt.errors import NumericError, UsageError
 from tilt.kept import Kept
 from tilt.models import compat
 from tilt.models.heads import head_function
-from tilt.sampling.cache import Ints
+from tilt.models.work import cached_bytes
+from tilt.sampling.cache import CHUNK, Ints, rounded
 from tilt.sampling.drawing import Head, choose, nucleus
 from tilt.sampling.forward import PREFILL_TOKENS, Both, Forward, forward_of
 from tilt.sampling.randomness import Keys, uniforms
@@ -61,15 +62,19 @@ def generate(
     slots: int,
     mask: Mask | None = None,
     finished: Callable[[int, list[Answer]], None] | None = None,
+    cache: int | None = None,
 ) -> list[list[Answer]]:
-    """Answers to each request, in order, with at most `slots` rows in one forward. What is drawn depends neither on `slots` nor on the company.
+    """Answers to each request, in order, with at most `slots` rows in one forward and `cache` bytes of keys and values (None: as many as it takes).
 
+    What is drawn depends neither on `slots` nor on the company, nor on who waited or began again for want of memory.
     `finished` is told of each request as soon as it and all before it have ended: its number and its answers, without the sets that are kept.
     """
+    places = None if cache is None else planned(cache, [lm] if mask is None else [lm, mask.lm], requests)
     queue = Queue(requests, slots)
     with evaluating(lm), nullcontext() if mask is None else evaluating(mask.lm):
-        forward, head, allowed = _reader(lm, mask, sampling, min(slots, queue.total))
+        forward, head, allowed = _reader(lm, mask, sampling, min(slots, queue.total), places)
         while not queue.finished:
+            queue.yield_room(forward)
             hidden = [forward.decode(queue.newest, queue.answered - 1)] if len(queue.active) else []
             hidden += queue.enter(forward)
             together = torch.cat(hidden)
@@ -83,9 +88,23 @@ def generate(
     return queue.results()
 
 
-def _reader(lm: PreTrainedModel, mask: Mask | None, sampling: Sampling, slots: int) -> tuple[Forward, Head, Head | None]:
+def planned(cache: int, models: Sequence[PreTrainedModel], requests: Sequence[Request]) -> int:
+    """Tokens whose keys and values fit into `cache` bytes; each request must fit when it is alone."""
+    each = sum(cached_bytes(lm) for lm in models)
+    needed = max((rounded(len(r.tokens)) + rounded(r.room) for r in requests), default=0)
+    if needed > cache // each:
+        raise UsageError(
+            f"sampling: the cache may hold {cache // each} tokens, and one answer with its prompt needs {needed} ({each:,} bytes each).\n"
+            f"Set sampling.cache_gib to at least {needed * each / 2**30:.3g}, or shorten sampling.max_tokens."
+        )
+    return cache // each
+
+
+def _reader(
+    lm: PreTrainedModel, mask: Mask | None, sampling: Sampling, slots: int, places: int | None
+) -> tuple[Forward, Head, Head | None]:
     """What reads the texts, and from its hidden states [rows, D]: the scores [rows, V], and which tokens a mask allows [rows, V]."""
-    forward, head = forward_of(lm, slots), head_function(lm)
+    forward, head = forward_of(lm, slots, places), head_function(lm)
     if mask is None:
         return forward, head, None
     masking, width = head_function(mask.lm), compat.head_of(lm).weight.shape[1]
@@ -93,7 +112,7 @@ def _reader(lm: PreTrainedModel, mask: Mask | None, sampling: Sampling, slots: i
     def allowed(hidden: Tensor) -> Tensor:
         return nucleus(masking(hidden[:, width:]), sampling.temperature, mask.top_p, sampling.stop_ids)
 
-    return Both(forward, forward_of(mask.lm, slots)), lambda hidden: head(hidden[:, :width]), allowed
+    return Both(forward, forward_of(mask.lm, slots, places)), lambda hidden: head(hidden[:, :width]), allowed
 
 
 @contextmanager
@@ -109,7 +128,7 @@ def evaluating(lm: PreTrainedModel) -> Iterator[None]:
 
 
 class Queue:
-    """All answers wanted, numbered prompt by prompt: `active` [rows] are being written, those from `next` on wait, the others are done.
+    """All answers wanted, numbered prompt by prompt: `active` [rows] are being written, `again` and those from `next` on wait, the others are done.
 
     Columns over answers are arrays; Python touches one answer only when it ends. `groups` are the prompts in the cache, by request number.
     """
@@ -127,6 +146,7 @@ class Queue:
         self.done: list[Answer | None] = [None] * self.total
         self.sets: list[tuple[Ints, Kept]] = []  # of each step where sets are kept: the answers that got a token, and its set for each
         self.unfinished, self.counts = counts.copy(), counts
+        self.again = np.zeros(0, dtype=np.int64)  # answers that lost their place, to be begun again
         self.next, self.active, self.groups = 0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         self.group = np.full(len(requests), -1, dtype=np.int64)  # each request's place among the groups
         self.told = 0  # requests that `complete` has given out
@@ -134,7 +154,12 @@ class Queue:
 
     @property
     def finished(self) -> bool:
-        return self.next == self.total and not len(self.active)
+        return not self.waiting and not len(self.active)
+
+    @property
+    def waiting(self) -> int:
+        """Answers without a row."""
+        return self.total - self.next + len(self.again)
 
     @property
     def answered(self) -> Ints:
@@ -153,14 +178,15 @@ class Queue:
 
     def enter(self, forward: Forward) -> list[Tensor]:
         """Fill the free slots from the queue once enough are free to be worth a prefill; the hidden states [entering, D] their first tokens come from."""
-        free, waiting = self.slots - len(self.active), self.total - self.next
+        free, waiting = self.slots - len(self.active), self.waiting
         if free < min(waiting, max(1, self.slots // 16)) or not waiting:
             return []
-        new = np.arange(self.next, self.next + min(free, waiting))
-        self.next += len(new)
+        new, fresh = self._admitted(forward, min(free, waiting))
+        if not len(new):
+            return []
+        self.next += max(0, len(new) - len(self.again))
+        self.again = self.again[len(new) :]
         self.active = np.concatenate((self.active, new))
-        fresh = np.unique(self.request[new])
-        fresh = fresh[self.group[fresh] < 0]
         for part in batches(fresh, [len(self.requests[i].tokens) for i in fresh]):
             hidden = forward.prefill([self.requests[i].tokens for i in part], len(self.groups))
             self.opening = hidden if self.opening is None else torch.cat((self.opening[: len(self.groups)], hidden))
@@ -169,6 +195,49 @@ class Queue:
         forward.arrange(self.group[self.request[self.active]])
         assert self.opening is not None
         return [self.opening[torch.from_numpy(self.group[self.request[new]]).to(self.opening.device)]]
+
+    def _admitted(self, forward: Forward, count: int) -> tuple[Ints, Ints]:
+        """The first `count` waiting answers, or half of that, or a quarter, …, as there is room for; and which requests among theirs are not in the cache."""
+        while count:
+            new = np.concatenate((self.again, np.arange(self.next, min(self.total, self.next + count))))[:count]
+            fresh = np.unique(self.request[new])
+            fresh = fresh[self.group[fresh] < 0]
+            longest = int(self.answered.max()) + CHUNK if len(self.active) else 1
+            widest = max(len(self.requests[i].tokens) for i in [*self.groups.tolist(), *fresh.tolist()])
+            if forward.fits(len(self.active) + count, longest, len(self.groups) + len(fresh), widest):
+                return new, fresh
+            count //= 2
+            if not count and not len(self.active) and len(self.groups):
+                self._drop(forward, np.ones(len(self.groups), dtype=bool))
+                count = 1
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+
+    def yield_room(self, forward: Forward) -> None:
+        """Where the next token of every row does not fit: prompts that no row answers go, then the rows with the fewest tokens, to be begun again later.
+
+        Their randomness is counted, so they will draw what they drew. The row with the most tokens stays, and so all end.
+        """
+        while len(self.active):
+            widest = max(len(self.requests[i].tokens) for i in self.groups.tolist())
+            if forward.fits(len(self.active), int(self.answered.max()), len(self.groups), widest):
+                return
+            idle = ~np.isin(self.groups, self.request[self.active])
+            if idle.any():
+                self._drop(forward, idle)
+                continue
+            assert len(self.active) > 1, "an answer that is alone fits: `planned` has seen to it"
+            lost = np.zeros(len(self.active), dtype=bool)
+            lost[np.lexsort((-self.active, self.answered))[: max(1, len(self.active) // 8)]] = True
+            self._begin_again(self.active[lost])
+            self._vacate(forward, lost)
+            forward.arrange(self.group[self.request[self.active]])
+
+    def _begin_again(self, answers: Ints) -> None:
+        """These answers have no tokens any more and wait before all others."""
+        self.length[answers] = 0
+        self.again = np.sort(np.concatenate((self.again, answers)))
+        kept = [(owners, sets, ~np.isin(owners, answers)) for owners, sets in self.sets]
+        self.sets = [(owners[stay], sets.take(torch.from_numpy(np.flatnonzero(stay)))) for owners, sets, stay in kept]
 
     def record(self, tokens: Ints, logprobs: NDArray[np.float64], stops: Stops, kept: Kept | None = None) -> NDArray[np.bool_]:
         """Append one token to each active row; which rows have ended. Those that ended are answers now."""
@@ -200,10 +269,17 @@ class Queue:
         if not ended.any():
             return
         np.subtract.at(self.unfinished, self.request[self.active[ended]], 1)
-        source, target = moves(ended)
+        self._vacate(forward, ended)
+        self._drop(forward, self.unfinished[self.groups] == 0)
+
+    def _vacate(self, forward: Forward, gone: NDArray[np.bool_]) -> None:
+        """Take these rows out."""
+        source, target = moves(gone)
         forward.move_rows(source, target)
-        self.active = moved(self.active, source, target, ended)
-        gone = self.unfinished[self.groups] == 0
+        self.active = moved(self.active, source, target, gone)
+
+    def _drop(self, forward: Forward, gone: NDArray[np.bool_]) -> None:
+        """Take these groups out, and tell the forward where the rows and groups are now."""
         source, target = moves(gone)
         forward.move_groups(source, target, len(self.groups) - int(gone.sum()))
         assert self.opening is not None

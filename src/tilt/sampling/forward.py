@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tilt.models import compat
 from tilt.models.attention import Attend
 from tilt.sampling.anatomy import is_common
-from tilt.sampling.cache import Decode, Ints, Store
+from tilt.sampling.cache import CHUNK, Decode, Ints, Store, rounded
 from tilt.sampling.lean import Lean
 from tilt.sampling.prefill import Continue, Prefill
 
@@ -44,16 +44,20 @@ class Forward(Protocol):
         """Group source[i] becomes group target[i]; the first `kept` remain."""
         ...
 
+    def fits(self, rows: int, longest: int, groups: int, widest: int) -> bool:
+        """Whether so many rows with up to `longest` tokens and groups with prompts of up to `widest` may be held; if so there is room for them now."""
+        ...
 
-def forward_of(lm: PreTrainedModel, slots: int, *, lean: bool = True) -> Forward:
+
+def forward_of(lm: PreTrainedModel, slots: int, places: int | None = None, *, lean: bool = True) -> Forward:
     """The cached forward for a model that runs Tilt's attention, straight from the weights of a common decoder; the recomputed one for any other.
 
-    `lean=False` runs a common decoder through its modules, as every other model: the same numbers, slower.
+    `places` limits the tokens, of prompts and answers, that keys and values are held for. `lean=False` runs a common decoder through its modules, as every other model: the same numbers, slower.
     """
     body, device = compat.body_of(lm), compat.device_of(lm)
     if not compat.is_packed(lm):
         return Recomputed(body, device)
-    return Cached(Lean(body) if lean and is_common(body) else Modules(body), device, slots)
+    return Cached(Lean(body) if lean and is_common(body) else Modules(body), device, slots, places)
 
 
 class Body(Protocol):
@@ -75,9 +79,9 @@ class Modules:
 class Cached:
     """Each prompt read once per group, each answer's token read once: two stores of keys and values, one row of new tokens per forward."""
 
-    def __init__(self, body: Body, device: torch.device, slots: int) -> None:
-        self.body, self.device = body, device
-        self.prompts, self.answers = Store(min(slots, 32), 1), Store(slots, 16)
+    def __init__(self, body: Body, device: torch.device, slots: int, places: int | None = None) -> None:
+        self.body, self.device, self.places = body, device, places
+        self.prompts, self.answers = (Store(min(slots, 32), 1), Store(slots, CHUNK)) if places is None else (Store(0, 0), Store(0, 0))
         self.plan = Decode(self.prompts, self.answers, device)
         self.lengths = np.zeros(0, dtype=np.int64)
 
@@ -90,6 +94,19 @@ class Cached:
             return torch.cat([self._in_parts(prompt, first + i) for i, prompt in enumerate(prompts)])
         plan = Prefill(self.prompts, first, lengths, self.device)
         return self._run(np.concatenate(prompts), plan.positions, longest, plan)[plan.last]
+
+    def fits(self, rows: int, longest: int, groups: int, widest: int) -> bool:
+        if self.places is None:
+            return True
+        longest, widest = rounded(longest), rounded(widest)
+        wanted = (self.answers, rows, longest), (self.prompts, groups, widest)
+        if all(r <= store.rows and c <= store.columns for store, r, c in wanted):
+            return True
+        if rows * longest + groups * widest > self.places:
+            return False
+        for store, r, c in wanted:
+            store.resize(r, c)
+        return True
 
     def _in_parts(self, prompt: Ints, row: int) -> Tensor:
         """A long prompt a part at a time, the parts shorter where much lies before them; the hidden state after it, [1, D]."""
@@ -150,6 +167,9 @@ class Recomputed:
             self.prompts[there] = self.prompts[here]
         self.prompts = self.prompts[:kept]
 
+    def fits(self, rows: int, longest: int, groups: int, widest: int) -> bool:
+        return True  # nothing is held
+
     def _last(self, texts: list[list[int]]) -> Tensor:
         """Hidden states at the last token of each text."""
         lengths = torch.tensor([len(text) for text in texts])
@@ -184,3 +204,6 @@ class Both:
     def move_groups(self, source: Ints, target: Ints, kept: int) -> None:
         self.first.move_groups(source, target, kept)
         self.second.move_groups(source, target, kept)
+
+    def fits(self, rows: int, longest: int, groups: int, widest: int) -> bool:
+        return self.first.fits(rows, longest, groups, widest) and self.second.fits(rows, longest, groups, widest)

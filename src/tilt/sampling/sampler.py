@@ -21,15 +21,23 @@ from tilt.sampling.stopping import Stops
 
 
 class Sampler:
-    """Samples answers from a model in this process, in the weights' dtype unless told another. `version` counts the weights published to it."""
+    """Samples answers from a model in this process, in the weights' dtype unless told another, with at most `cache` bytes of keys and values. `version` counts the weights published to it."""
 
     def __init__(
-        self, lm: PreTrainedModel, tokenizer: Any, sampling: Sampling, *, seed: int = 0, slots: int = 256, dtype: torch.dtype | None = None
+        self,
+        lm: PreTrainedModel,
+        tokenizer: Any,
+        sampling: Sampling,
+        *,
+        seed: int = 0,
+        slots: int = 256,
+        dtype: torch.dtype | None = None,
+        cache: int | None = None,
     ) -> None:
         check(sampling, vocabulary_of(lm), training=True)
         if slots < 1:
             raise UsageError(f"slots is {slots}: the engine needs at least one row.")
-        self.tokenizer, self.sampling, self.seed, self.slots, self.version = tokenizer, sampling, seed, slots, 0
+        self.tokenizer, self.sampling, self.seed, self.slots, self.cache, self.version = tokenizer, sampling, seed, slots, cache, 0
         self.dtype = compat.dtype_of(lm) if dtype is None else dtype
         self.lm = self._published(lm)
         self.masking: Mask | None = None
@@ -110,7 +118,7 @@ class Sampler:
             ]  # fmt: skip
 
         tell = None if finished is None else lambda number, answers: finished(written(number, answers))
-        found = generate(self.lm, requests, sampling, stops, self.slots, mask, tell)
+        found = generate(self.lm, requests, sampling, stops, self.slots, mask, tell, self.cache)
         return [rollout for number, answers in enumerate(found) for rollout in written(number, answers)]
 
     def _decode(self, tokens: Sequence[int]) -> str:
