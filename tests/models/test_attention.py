@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tilt.data.packing import Segments
 from tilt.errors import UsageError
-from tilt.models.attention import PackedAttention, attention
+from tilt.models import attention as library
+from tilt.models.attention import PackedAttention, alike, attention
 
 FOREST = Segments(torch.tensor([0, 4, 7, 8, 13, 15]), torch.tensor([4, 3, 1, 5, 2, 6]), torch.tensor([-1, 0, 0, -1, -1, 4]))
 
@@ -57,16 +60,52 @@ def test_one_mask_per_window():
     plan = PackedAttention.of(FOREST)
     for window in (None, 3, 3, 2, None):
         plan.attend(*inputs(), layer=0, scaling=1.0, window=window, softcap=None, sinks=None)
-    assert set(plan.masks) == {None, 3, 2}
+    assert len(plan.bunches) > 1 and all(set(bunch.masks) == {None, 3, 2} for bunch in plan.bunches)
 
 
 def test_the_worked_example():
     """Row 5 6 | 7 8 E | 9 E."""
     plan = PackedAttention.of(Segments(torch.tensor([0, 2, 5]), torch.tensor([2, 3, 2]), torch.tensor([-1, 0, 0])))
-    assert plan.roots.tolist() == [[0, 1]]
-    assert plan.queries.tolist() == [[2, 3, 4], [5, 6, 6]]
-    assert plan.keys.tolist() == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 6]]
+    roots, children = plan.bunches
+    assert roots.queries.tolist() == roots.keys.tolist() == [[0, 1]]
+    assert children.queries.tolist() == [[2, 3, 4], [5, 6, 6]]
+    assert children.keys.tolist() == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 6]]
     assert plan.inverse.tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("overhead", [0, 100, 10**6])
+def test_bunches_change_nothing(monkeypatch, overhead):
+    """However segments are put together, all the same comes out, windows included; each segment is in one bunch."""
+    q, k, v = inputs()
+    want = PackedAttention.of(FOREST).attend(q, k, v, layer=0, scaling=0.4, window=4, softcap=None, sinks=None)
+    monkeypatch.setitem(library.OVERHEAD, "cpu", overhead)
+    plan = PackedAttention.of(FOREST)
+    assert len(plan.bunches) == 2 or overhead < 10**6
+    assert sum(len(bunch.own) for bunch in plan.bunches) == len(FOREST.start)
+    torch.testing.assert_close(plan.attend(q, k, v, layer=0, scaling=0.4, window=4, softcap=None, sinks=None), want, atol=1e-12, rtol=0)
+
+
+def test_the_cheapest_bunches():
+    """Against every way to cut the classes in order: no cheaper one."""
+    sizes = [(0, 3), (0, 4), (0, 60), (0, 64), (0, 9), (0, 130)]
+    assert alike(range(6), sizes, 100) == [[0, 1], [4], [2, 3], [5]]
+    assert alike(range(6), sizes, 10**6) == [[0, 1, 2, 3, 4, 5]]
+    assert alike([2, 0], sizes, 100) == [[0], [2]] and alike([], sizes, 1) == []
+    asked = [(5, 2), (300, 2), (5, 40), (300, 33), (4, 70), (290, 1)]
+
+    def cost(parts, overhead):
+        return sum(
+            len(p) * max(asked[i][1] for i in p) * (max(asked[i][0] for i in p) + max(asked[i][1] for i in p)) + overhead for p in parts
+        )
+
+    classes = alike(range(6), asked, 0)
+    for overhead in (0, 50, 500, 5000, 50_000):
+        ways = [
+            [[i for c in classes[a:b] for i in c] for a, b in itertools.pairwise((0, *cuts, len(classes)))]
+            for n in range(len(classes))
+            for cuts in itertools.combinations(range(1, len(classes)), n)
+        ]
+        assert cost(alike(range(6), asked, overhead), overhead) == min(cost(way, overhead) for way in ways)
 
 
 def test_second_derivatives():

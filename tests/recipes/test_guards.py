@@ -157,21 +157,21 @@ def test_attention_across_texts(stops, monkeypatch):
 
 
 def test_attention_to_what_follows(stops, monkeypatch):
-    found = attention.PackedAttention._shared
+    found = attention.Bunch._shared
     sighted = lambda self, window: torch.ones_like(found(self, window))
-    planted(monkeypatch, lambda parts: monkeypatch.setattr(attention.PackedAttention, "_shared", sighted))
+    planted(monkeypatch, lambda parts: monkeypatch.setattr(attention.Bunch, "_shared", sighted))
     assert "diagnosis  attention mask: in the learner's packed forward pass an action's score changes with the tokens after it" in stops()
 
 
 def test_answers_that_do_not_see_their_prompt(stops, monkeypatch):
-    found = attention.PackedAttention._shared
+    found = attention.Bunch._shared
 
     def blind(self, window):
         mask = found(self, window).clone()
         mask[..., : self.keys.shape[1] - self.queries.shape[1]] = False
         return mask
 
-    planted(monkeypatch, lambda parts: monkeypatch.setattr(attention.PackedAttention, "_shared", blind))
+    planted(monkeypatch, lambda parts: monkeypatch.setattr(attention.Bunch, "_shared", blind))
     said = stops()
     assert "diagnosis  attention mask" in said and "does not change with its prompt" in said
 

@@ -5,7 +5,7 @@ It is registered with transformers as "tilt". The packing travels as a `layout=`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -81,46 +81,84 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class PackedAttention:
-    """Attention over a pack: roots as one padded causal batch, children as a second batch that also sees their parent's keys.
+OVERHEAD = {"cpu": 2**12}
+"""Pairs of query and key whose cost equals that of one more batch in a layer; on other devices 2^20."""
 
-    `roots` [R, L] and `queries` [S, C] index tokens of the row, `keys` [S, P + C] their parent's tokens and then their own; padding repeats
-    some token and is masked as a key, unread as a query. `inverse` [T] finds each token in the flattened (roots, children) outputs.
-    Worked example: prompt 5 6 with answers 7 8 E and 9 E → row 5 6 7 8 E 9 E, roots [0 1], queries [2 3 4; 5 6 ·],
-    keys [0 1 2 3 4; 0 1 5 6 ·], inverse 0 1 2 3 4 5 6.
-    `above` [S] and `own` [S] are the lengths of parent and child. Masks are made once per sliding window.
+
+@dataclass(frozen=True)
+class Bunch:
+    """Segments of like length, attended to as one padded batch: `queries` [N, C] index tokens of the row, `keys` [N, P + C] their parents' tokens and then their own.
+
+    Padding repeats some token and is masked as a key, unread as a query. `above` and `own` [N] are the lengths of parent and segment; P is 0 for
+    roots. Masks are made once per sliding window.
     """
 
-    roots: Tensor
     queries: Tensor
     keys: Tensor
-    inverse: Tensor
     above: Tensor
     own: Tensor
-    masks: dict[int | None, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict, repr=False, compare=False)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Who sees whom, [N or 1, 1, C, P + C], or None where it is plainly causal; a window of w shows the w latest positions, the own one included."""
+        if window is not None and window >= self.keys.shape[1]:
+            window = None
+        if window not in self.masks:
+            self.masks[window] = self._shared(window) if self.keys.shape[1] > self.queries.shape[1] else self._alone(window)
+        return self.masks[window]
+
+    def _alone(self, window: int | None) -> Tensor | None:
+        return None if window is None else _causal(self.queries.shape[1], self.queries.device, window)[None, None]
+
+    def _shared(self, window: int | None) -> Tensor:
+        wide = self.keys.shape[1] - self.queries.shape[1]
+        own = _causal(self.queries.shape[1], self.queries.device, window).expand(len(self.queries), -1, -1)
+        place = torch.arange(wide, device=own.device)
+        seen = (place < self.above[:, None])[:, None].expand(-1, own.shape[1], -1)
+        if window is not None:
+            position = self.above[:, None] + torch.arange(own.shape[1], device=own.device)
+            seen = seen & (position[:, :, None] - place < window)
+        return torch.cat([seen, own], 2)[:, None]
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """Attention over a pack: roots in causal batches, children in batches that also see their parents' keys, segments of like length together.
+
+    `inverse` [T] finds each token in the flattened outputs of all bunches.
+    Worked example: prompt 5 6 with answers 7 8 E and 9 E → row 5 6 7 8 E 9 E; roots: queries [0 1]; children: queries [2 3 4; 5 6 ·],
+    keys [0 1 2 3 4; 0 1 5 6 ·]; inverse 0 1 2 3 4 5 6.
+    """
+
+    bunches: tuple[Bunch, ...]
+    inverse: Tensor
 
     @staticmethod
     def of(segments: Segments) -> PackedAttention:
-        """The plan of a pack: which tokens each part gathers, and where each token's output lies."""
+        """The plan of a pack: which tokens each batch gathers, and where each token's output lies."""
         start, length, parent = segments.start, segments.length, segments.parent
-        is_root = parent < 0
-        root, child = is_root.nonzero()[:, 0], (~is_root).nonzero()[:, 0]
-        above = parent[child]
-        longest_root, longest_own, longest_above = (int(n.max()) if len(n) else 0 for n in (length[root], length[child], length[above]))
+        above = torch.where(parent >= 0, length[parent.clamp(min=0)], 0)
+        extra = OVERHEAD.get(start.device.type, 2**20)
+        sizes = [(a, n) for a, n in zip(above.tolist(), length.tolist(), strict=True)]
+        parts = [
+            which for child in (False, True) for which in alike([i for i, (a, _) in enumerate(sizes) if (a > 0) == child], sizes, extra)
+        ]
 
         def gather(which: Tensor, width: int) -> Tensor:
             steps = torch.arange(width, device=start.device).expand(len(which), width)
             return start[which, None] + torch.minimum(steps, length[which, None] - 1)
 
-        roots, queries = gather(root, longest_root), gather(child, longest_own)
-        keys = torch.cat([gather(above, longest_above), queries], 1)
-        base = torch.empty_like(start)
-        base[root] = torch.arange(len(root), device=start.device) * longest_root
-        base[child] = len(root) * longest_root + torch.arange(len(child), device=start.device) * longest_own
-        tokens = int(length.sum())
+        bunches, base, done = [], torch.empty_like(start), 0
+        for part in parts:
+            which = torch.tensor(part, device=start.device)
+            queries = gather(which, max(sizes[i][1] for i in part))
+            keys = torch.cat([gather(parent[which], max(sizes[i][0] for i in part)), queries], 1) if sizes[part[0]][0] else queries
+            bunches.append(Bunch(queries, keys, above[which], length[which]))
+            base[which] = done + torch.arange(len(part), device=start.device) * queries.shape[1]
+            done += queries.numel()
+        tokens = sum(n for _, n in sizes)
         inverse = torch.repeat_interleave(base - start, length, output_size=tokens) + torch.arange(tokens, device=start.device)
-        return PackedAttention(roots, queries, keys, inverse, length[above], length[child])
+        return PackedAttention(tuple(bunches), inverse)
 
     def attend(
         self,
@@ -137,39 +175,51 @@ class PackedAttention:
         """Attention of one layer in row order: query [1, heads, T, width], key and value [1, kv_heads, T, width] → [1, T, heads, width]."""
         (_, heads, tokens, _), kv_heads = query.shape, key.shape[1]
         q, k, v = (x.transpose(1, 2).reshape(tokens, -1) for x in (query, key, value))
-        if window is not None and window >= max(self.roots.shape[1], self.keys.shape[1]):
-            window = None
-        causal, shared = self._masks(window)
 
-        def part(questions: Tensor, answers: Tensor, mask: Tensor | None) -> Tensor:
+        def part(bunch: Bunch) -> Tensor:
+            questions, answers = bunch.queries, bunch.keys
             out = _attention(
-                _heads(q, questions, heads), _heads(k, answers, kv_heads), _heads(v, answers, kv_heads), mask, scaling, softcap, sinks
+                _heads(q, questions, heads),
+                _heads(k, answers, kv_heads),
+                _heads(v, answers, kv_heads),
+                bunch.mask(window),
+                scaling,
+                softcap,
+                sinks,
             )
             return out.transpose(1, 2).reshape(questions.numel(), -1)
 
-        outputs = [part(self.roots, self.roots, causal)]
-        if len(self.queries):
-            outputs.append(part(self.queries, self.keys, shared))
-        return F.embedding(self.inverse, torch.cat(outputs)).unflatten(1, (heads, -1))[None]
+        return F.embedding(self.inverse, torch.cat([part(bunch) for bunch in self.bunches])).unflatten(1, (heads, -1))[None]
 
-    def _masks(self, window: int | None) -> tuple[Tensor | None, Tensor]:
-        """Who sees whom among roots (None: plainly causal) and from children, [S, 1, C, P + C]; a window of w shows the w latest positions, the own one included."""
-        if window not in self.masks:
-            self.masks[window] = (
-                None if window is None else _causal(self.roots.shape[1], self.roots.device, window)[None, None],
-                self._shared(window),
-            )
-        return self.masks[window]
 
-    def _shared(self, window: int | None) -> Tensor:
-        wide = self.keys.shape[1] - self.queries.shape[1]
-        own = _causal(self.queries.shape[1], self.queries.device, window).expand(len(self.queries), -1, -1)
-        place = torch.arange(wide, device=own.device)
-        seen = (place < self.above[:, None])[:, None].expand(-1, own.shape[1], -1)
-        if window is not None:
-            position = self.above[:, None] + torch.arange(own.shape[1], device=own.device)
-            seen = seen & (position[:, :, None] - place < window)
-        return torch.cat([seen, own], 2)[:, None]
+def alike(which: Sequence[int], sizes: Sequence[tuple[int, int]], overhead: int) -> list[list[int]]:
+    """Segments, named by number, in bunches of like size, (parent, own) each: those for which padded pairs of query and key, and `overhead` a bunch, are fewest.
+
+    Segments whose sizes have the same powers of two are never parted. Worked example: own sizes 3 4 60, no parents, overhead 100: [3 4], [60]; overhead
+    10,000: all together.
+    """
+    classes: dict[tuple[int, int], list[int]] = {}
+    for i in which:
+        above, own = sizes[i]
+        classes.setdefault(((own - 1).bit_length(), (above - 1).bit_length() if above else 0), []).append(i)
+    ordered = [classes[name] for name in sorted(classes)]
+    shapes = [(len(c), max(sizes[i][0] for i in c), max(sizes[i][1] for i in c)) for c in ordered]
+    best: list[tuple[float, int]] = [(0, 0)]  # the cheapest way with the first classes, and where its last bunch begins
+    for end in range(1, len(ordered) + 1):
+        choices = []
+        count = above = own = 0
+        for begin in range(end - 1, -1, -1):
+            number, parent, size = shapes[begin]
+            count, above, own = count + number, max(above, parent), max(own, size)
+            choices.append((best[begin][0] + count * own * (above + own) + overhead, begin))
+        best.append(min(choices))
+    found: list[list[int]] = []
+    end = len(ordered)
+    while end:
+        begin = best[end][1]
+        found.insert(0, sorted(i for c in ordered[begin:end] for i in c))
+        end = begin
+    return found
 
 
 def _causal(n: int, device: torch.device, window: int | None) -> Tensor:
