@@ -20,7 +20,6 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "versus")]  # the scripts beside this one
 import ours  # noqa: E402
-import workloads as shared  # noqa: E402
 from versus_trl import prepared  # noqa: E402
 
 PHASES = ("generate", "reward", "evaluate", "update", "publish", "step")
@@ -44,11 +43,13 @@ def side(which: str, folder: Path, steps: int, threads: int, cpu: bool) -> None:
 
     if cpu:
         estimating.perf_counter = reporting.perf_counter = time.process_time
-    record = json.loads((folder / "workload.json").read_text())
-    work = shared.Workload(**{**record, "shape": shared.Shape(**record["shape"])})
-    ours.force(work.lengths(), work.shape.vocabulary - 2, work.new, work.shape.vocabulary)
-    options = {"threads": threads, "lr": 1e-5, "loss": "dapo", "steps": steps, "dtype": "float32"}
-    config = parse(ours.settings(folder, work, options), rl.Config)
+    options = {"lr": 1e-5, "loss": "dapo"}
+    recipe, settings = ours.described(folder, json.loads((folder / "workload.json").read_text()), options)
+    base = {
+        "model": str(folder / "model"), "tokenizer": str(folder / "tokenizer"), "steps": steps, "threads": threads, "dtype": "float32",
+        "root": str(folder / "runs"), "name": f"run-{os.getpid()}", "quiet": True, "save": False,
+    }  # fmt: skip
+    config = parse(base | settings, recipe.Config)
     if which == "estimate":
         began = time.perf_counter()
         found, _ = estimating.estimate(config)

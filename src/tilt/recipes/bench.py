@@ -68,8 +68,8 @@ class Speed:
 class Found:
     """Medians over `steps` whole steps and the seconds of their phases, the halves by themselves, memory in bytes, and the machine.
 
-    `prefill` and `training` are shares of the machine's matrix products (training's is the MFU), `decode` of its bandwidth. `training` counts the
-    tokens that went through the model, each prompt once; `peak` is the most that the process (a GPU: its tensors) held in the steps.
+    `prefill` and `training` are shares of the machine's matrix products in the dtype that each computes in (training's is the MFU), `decode` of its
+    bandwidth. `training` counts the tokens that went through the model, each prompt once; `peak` is the most that the process (a GPU: its tensors) held in the steps.
     """
 
     workload: dict[str, Any]
@@ -165,7 +165,9 @@ def halves(config: Config, opened: rl.Opened, phases: dict[str, float], memory: 
     device, lm, drawn = parts.learner.device, parts.sampler.lm, parts.source.draw(0, config.prompts)
     prefill, decode, rollouts = generation(parts.sampler, drawn, config, device, repeat)
     training, flops = update(config, parts, rollouts, device, repeat)
-    can = machine.measure(device, compat.dtype_of(lm) if opening.precision(config, device) is nullcontext else torch.bfloat16)
+    plain = opening.precision(config, device) is nullcontext
+    can = machine.measure(device, compat.dtype_of(parts.learner.policy) if plain else torch.bfloat16)
+    products = can.flops if str(compat.dtype_of(lm)) == f"torch.{can.dtype}" else machine.measure(device, compat.dtype_of(lm)).flops
     tokens = sum(len(p.tokens) for p in drawn)
     size = (config.prompts, round(tokens / len(drawn)), config.samples)
     forward = pass_flops(lm, pack([Rollout.demonstration(p, p.tokens[:1]) for p in drawn]), backward=False)
@@ -174,7 +176,7 @@ def halves(config: Config, opened: rl.Opened, phases: dict[str, float], memory: 
     count = sum(p.numel() for p in parts.learner.policy.parameters())
     return Found(
         {"model": opened.model, "algorithm": opened.row, "parameters": count, "prompts": size[0], "prompt": size[1], "samples": size[2], "new": new},
-        repeat, step, phases | {"rest": step - sum(phases.values())}, Speed(tokens / prefill, prefill, forward / prefill / can.flops),
+        repeat, step, phases | {"rest": step - sum(phases.values())}, Speed(tokens / prefill, prefill, forward / prefill / products),
         Speed(len(rollouts) * (new - 1) / decode, decode, bandwidth / can.bandwidth),
         Speed(len(pack(rollouts).tokens) / training, training, flops / training / can.flops), *memory, can,
     )  # fmt: skip

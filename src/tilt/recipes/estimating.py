@@ -150,7 +150,7 @@ def generation(config: Config, opened: rl.Opened) -> tuple[list[Rollout], Decodi
         sampler.sampling = plain
         return phase.seconds, phase.memory, found
 
-    draw(few[:1], 2)
+    draw(few, 2)  # the first pass of a size asks the system for memory, later ones have it
     (first, space, _), (short, _, _) = draw(few, 1), draw(few, 1 + SHORT)
     steps = max(1, min(SHORT, new - 1))
     each = max(1e-9, short - first) / steps
@@ -199,7 +199,7 @@ def training(
         batch = pack(filled(asked[:groups], config.samples, drawn))
     held = machine.resident(learner.device)
     evaluate, update = _update(config, opened, batch)
-    if update.seconds < BUDGET:  # the first pass of this size asks the system for memory, later ones have it
+    if update.seconds < BUDGET:  # again, with the memory that it asked for
         again = _update(config, opened, batch)
         evaluate, update = replace(evaluate, seconds=again[0].seconds), replace(update, seconds=again[1].seconds)
     tokens = len(batch.tokens)
@@ -274,7 +274,7 @@ def said(config: Config, policy: Policy, tried: Estimate, held: Mapping[str, int
     counted = ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count or name == "reference")
     seconds = ", ".join(f"{name} {phase.seconds:.2f} s + {size(phase.memory)}" for name, phase in tried.phases.items())
     return [
-        f"memory     about {size(tried.memory + missing)} at the peak, {size(most)} of it for the largest phase: {counted}, all else {size(max(0, rest))}; "
+        f"memory     about {size(tried.memory + missing)} at the peak, {size(most)} of it for the largest phase: {counted}, Python, its libraries and all else {size(max(0, rest))}; "
         f"keys and values of the answers, while they are generated, {size(cache)}",
         f"time       about {duration(config.steps * tried.step)}: {config.steps} steps × {tried.step:.2f} s; {config.steps} × {tried.longest:.2f} s "
         f"if every answer is {config.sampling.max_tokens} tokens long; evaluations come on top",
