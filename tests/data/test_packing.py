@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilt.data.packing import Pack, pack
+from tilt.data.packing import Pack, evenly, pack
 from tilt.data.rollouts import Prompt, Rollout, Sampling
 
 END = 0
@@ -152,14 +152,24 @@ def test_parts_hold_every_sequence_once_within_the_budget(rollouts: list[Rollout
         assert len(made.take(part).tokens) <= budget or len(part) == 1
 
 
+def test_parts_are_of_like_size() -> None:
+    """Ten texts of 10 tokens within 64: six and four by filling up, five and five here."""
+    made = pack([sampled((1, 2, 3), i, (4,) * 6 + (END,)) for i in range(10)])
+    assert [len(part) for part in made.split(64)] == [5, 5]
+    assert evenly(lambda limit: [0] if limit >= 10 else [0, 1], 10) == [0]
+    assert evenly(lambda limit: list(range(0, 100, limit)), 51) == [0, 50], "two parts either way"
+
+
 def test_the_budget_counts_each_prompt_once_a_part() -> None:
-    """After one longer prompt, prompts of 3 tokens with answers of 2: two answers to one prompt cost 7, to two prompts 10; answers to one prompt stay together where they fit."""
+    """After one longer prompt, prompts of 3 tokens with answers of 2: two answers to one prompt cost 7, to two prompts 10; no fewer parts than needed, of like size."""
     made = pack([sampled((5,) * 6, 9, (7, END)), *(sampled((5, 5, i), i, (7, END)) for i in (0, 1, 0, 1, 2))])
     rest = torch.arange(1, 6)
     assert [part.tolist() for part in made.split(7, rest)] == [[1, 3], [2, 4], [5]]
     assert [part.tolist() for part in made.split(9, rest)] == [[1, 3], [2, 4], [5]], "9 tokens hold no answer to a second prompt"
     assert [part.tolist() for part in made.split(12, rest)] == [[1, 3, 2], [4, 5]]
-    assert [part.tolist() for part in made.split(14, rest)] == [[1, 3, 2, 4], [5]]
+    assert [part.tolist() for part in made.split(14, rest)] == [[1, 3, 2], [4, 5]], (
+        "two parts either way, and of 14 and 5 tokens the larger would be larger"
+    )
     assert [part.tolist() for part in made.split(4, rest)] == [[1], [3], [2], [4], [5]], "longer than the budget, each is a part of its own"
     assert [part.tolist() for part in made.split(12, torch.tensor([5, 4, 1]))] == [[1, 4], [5]]
     assert [part.tolist() for part in made.split(15)] == [[0, 1, 3], [2, 4, 5]], "all sequences, where none are named"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -82,26 +82,30 @@ class Pack:
         )  # fmt: skip
 
     def split(self, budget: int, sequences: Tensor | None = None) -> list[Tensor]:
-        """Cut sequences (all by default) into parts of at most `budget` tokens, prompts counted once a part; answers to one prompt stay together where they fit.
+        """Cut sequences (all by default) into as few parts of at most `budget` tokens as their order allows, the largest as small as it can be.
 
-        A sequence longer than the budget is a part of its own.
+        Prompts are counted once a part; answers to one prompt stay side by side. A sequence longer than the budget is a part of its own.
         """
         chosen = torch.arange(self.layout.sequences) if sequences is None else sequences
+        if len(chosen) == 0:
+            return []
         chosen = chosen[torch.argsort(self.layout.prompt[chosen].cpu(), stable=True)]
         above = self.segments.parent[self.own[chosen]]
-        prompt_cost = torch.where(above >= 0, self.segments.length[above.clamp(min=0)], 0).tolist()
-        parts: list[list[int]] = []
-        used, group = 0, -1
-        for i, cost, head, owner in zip(
-            chosen.tolist(), self.costs[chosen].tolist(), prompt_cost, self.layout.prompt[chosen].tolist(), strict=True
-        ):
-            extra = cost + (head if owner != group else 0)
-            if not parts or used + extra > budget:
-                parts.append([])
-                used, extra = 0, cost + head
-            parts[-1].append(i)
-            used, group = used + extra, owner
-        return [torch.tensor(part) for part in parts]
+        heads = torch.where(above >= 0, self.segments.length[above.clamp(min=0)], 0).tolist()
+        costs, owners = self.costs[chosen].tolist(), self.layout.prompt[chosen].tolist()
+
+        def starts(limit: int) -> list[int]:
+            found: list[int] = []
+            used, group = 0, -1
+            for i, (cost, head, owner) in enumerate(zip(costs, heads, owners, strict=True)):
+                extra = cost + (head if owner != group else 0)
+                if not found or used + extra > limit:
+                    found.append(i)
+                    used, extra = 0, cost + head
+                used, group = used + extra, owner
+            return found
+
+        return [chosen[a:b] for a, b in pairwise([*evenly(starts, budget), len(chosen)])]
 
     def to(self, device: torch.device | str) -> Pack:
         return Pack(
@@ -109,6 +113,20 @@ class Pack:
             self.actions.to(device), self.layout.to(device), self.own.to(device), self.sampler.to(device),
             self.kept.to(device),
         )  # fmt: skip
+
+
+def evenly(starts: Callable[[int], list[int]], budget: int) -> list[int]:
+    """Where the parts begin under the smallest limit that needs no more parts than `budget` does: parts of like size."""
+    found = starts(budget)
+    low, high = 0, budget
+    while len(found) > 1 and high - low > max(1, budget // 64):
+        middle = (low + high) // 2
+        tried = starts(middle)
+        if len(tried) == len(found):
+            found, high = tried, middle
+        else:
+            low = middle
+    return found
 
 
 def pack(rollouts: Sequence[Rollout]) -> Pack:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations
+from itertools import chain, combinations, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tilt.data.packing import Pack, pack
+from tilt.data.packing import Pack, evenly, pack
 from tilt.data.rollouts import Rollout
 from tilt.errors import DataError
 
@@ -94,15 +94,21 @@ def with_mismatched(examples: Sequence[Judged], more: Sequence[Judged] = ()) -> 
 
 
 def portions(examples: Sequence[Judged], budget: int) -> list[range]:
-    """Runs of whole examples of at most `budget` tokens; a larger example is a run of its own."""
-    found: list[range] = []
-    start, used = 0, 0
-    for number, example in enumerate(examples):
-        if number > start and used + example.cost > budget:
-            found.append(range(start, number))
-            start, used = number, 0
-        used += example.cost
-    return [*found, range(start, len(examples))]
+    """Runs of whole examples of at most `budget` tokens, as few as the order allows and of like size; a larger example is a run of its own."""
+    if not examples:
+        return [range(0)]
+    costs = [example.cost for example in examples]
+
+    def starts(limit: int) -> list[int]:
+        found, used = [0], 0
+        for number, cost in enumerate(costs):
+            if number > found[-1] and used + cost > limit:
+                found.append(number)
+                used = 0
+            used += cost
+        return found
+
+    return [range(a, b) for a, b in pairwise([*evenly(starts, budget), len(examples)])]
 
 
 @dataclass(frozen=True)
