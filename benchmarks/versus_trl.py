@@ -1,6 +1,6 @@
 """Whole GRPO steps against TRL 1.16.0: the same weights, prompts, lengths, batch and optimizer, steps in turns in one run, medians and their ratio.
 
-    python benchmarks/versus_trl.py W1 W2 --repeat 5 --json build/versus.json
+    python benchmarks/versus_trl.py W1 W2 --repeat 5
 
 TRL lives in an environment of its own, build/trl (made here at the first run, with this environment's torch and transformers), never in the project's.
 Each side is a process that waits for its turn before each step, so at any time one of them computes. TRL is timed from the beginning of a step to the
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 PLACE = ROOT / "build" / "trl"
 SCRIPTS = Path(__file__).parent / "versus"
 VERSION = "1.16.0"
+KEPT = ROOT / "docs" / "performance" / "versus.json"
 KNOWN: dict[str, Any] = shared.WORKLOADS | shared.LESSONS | shared.RACES | {"check": shared.CHECK}
 
 
@@ -294,19 +296,31 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto", help="of Tilt's computation")
     parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True, help="try TRL's ways first")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=KEPT, help="where each workload's figures are kept")
     parser.add_argument("--check", action="store_true", help="compare advantages, loss and gradient of one step instead of timing")
     given = parser.parse_args()
     if given.check:
         agreed(given)
         return
-    rows = []
+    rows = json.loads(given.json.read_text(encoding="utf-8")) if given.json.exists() else {}
     for name in given.workloads:
-        row = measured(name, given)
-        rows.append(row)
-        print(line(row), flush=True)
-        if given.json is not None:
-            given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        rows[name] = measured(name, given) | {"machine": machine(given.threads), "date": date.today().isoformat(), "commit": commit()}
+        print(line(rows[name]), flush=True)
+        given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def machine(threads: int) -> str:
+    """Processor and threads."""
+    found = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{found[0] if found else 'unknown processor'}, {threads} threads"
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def line(row: dict[str, Any]) -> str:
