@@ -119,6 +119,12 @@ class Decoding:
         rows = min(self.answers, self.slots)
         return self.prefill + self.answers / rows * self.decoding(lengths, rows)
 
+    def grown(self, drawn: Sequence[Rollout], seconds: float) -> Decoding:
+        """The same with the lengths of answers that were drawn to their ends, and the growth that explains the seconds of decoding them."""
+        lengths = torch.tensor([float(len(r.tokens)) for r in drawn])
+        slope = sum(float((lengths > t).sum()) * (t - self.middle) for t in range(1, int(lengths.max())))
+        return replace(self, lengths=lengths, growth=max(0.0, seconds - self.decoding(lengths, len(drawn))) / max(slope, 1.0))
+
     def decoding(self, lengths: Tensor, rows: int) -> float:
         """The steps after the first token of so many rows whose lengths are distributed like these."""
         total = 0.0
@@ -132,7 +138,8 @@ class Decoding:
 def generation(config: Config, opened: rl.Opened) -> tuple[list[Rollout], Decoding]:
     """Answers of the model as it is, drawn to their ends for as many prompts as the budget allows, and what a step's take.
 
-    Tried are all prompts for one token and for a few, then some for a few and to the end: overhead, cost of a row, and its growth with the answer.
+    Tried are all prompts for one token and for a few, then one for both and to the end: overhead, cost of a row, and its growth with the answer; then as
+    many to the end as the budget allows.
     """
     sampler, plain = opened.parts.sampler, opened.parts.sampler.sampling
     if config.mask is not None:
@@ -152,24 +159,28 @@ def generation(config: Config, opened: rl.Opened) -> tuple[list[Rollout], Decodi
 
     draw(few, 2)  # the first pass of a size asks the system for memory, later ones have it
     (first, space, _), (short, _, _) = draw(few, 1), draw(few, 1 + SHORT)
+    (base, _, _), (brief, _, _), (seconds, more, drawn) = draw(few[:1], 1), draw(few[:1], 1 + SHORT), draw(few[:1], new, free=True)
     steps = max(1, min(SHORT, new - 1))
-    each = max(1e-9, short - first) / steps
-    count = max(1, min(len(few), int(len(few) * DRAWING / max(first + each * new, 1e-9))))
-    tried = few[:count]
-    if count < len(few):
-        (base, _, _), (brief, _, _) = draw(tried, 1), draw(tried, 1 + SHORT)
-        smaller = max(1e-9, brief - base) / steps
-        row = max(0.0, each - smaller) / max(1, rows - count * config.samples)
-        overhead = max(0.0, each - row * rows)
-    else:
-        base, row, overhead = first, each / rows, 0.0
-    seconds, more, drawn = draw(tried, new, free=True)
-    lengths, middle = torch.tensor([float(len(r.tokens)) for r in drawn]), (steps + 1) / 2
-    found = Decoding(0.0, first * len(prompts) / len(few), overhead, row, 0.0, middle, lengths, answers, rows, new, max(space, more))
-    flat, slope = found.decoding(lengths, len(drawn)), sum(float((lengths > t).sum()) * (t - middle) for t in range(1, int(lengths.max())))
-    growth = max(0.0, seconds - base - flat) / max(slope, 1.0)
-    known = seconds if count == len(prompts) else 0.0
-    return drawn, replace(found, growth=growth, known=known)
+    each, smaller = (max(1e-9, after - before) / steps for before, after in ((first, short), (base, brief)))
+    row = max(0.0, each - smaller) / (rows - config.samples) if len(few) > 1 else each / rows
+    flat = Decoding(
+        0.0,
+        first * len(prompts) / len(few),
+        max(0.0, each - row * rows),
+        row,
+        0.0,
+        (steps + 1) / 2,
+        torch.ones(1),
+        answers,
+        rows,
+        new,
+        space,
+    )
+    found, count = flat.grown(drawn, seconds - base), 1
+    if (able := min(len(few), int(DRAWING * len(prompts) / max(found(False), 1e-9)))) > 1:
+        seconds, more, drawn = draw(few[:able], new, free=True)
+        found, count = flat.grown(drawn, seconds - first * able / len(few)), able
+    return drawn, replace(found, known=seconds if count == len(prompts) else 0.0, memory=max(space, more))
 
 
 def filled(prompts: Sequence[Prompt], samples: int, drawn: Sequence[Rollout]) -> list[Rollout]:
