@@ -208,6 +208,7 @@ def training(
     if able > groups:
         groups = min(len(asked), able)
         batch = pack(filled(asked[:groups], config.samples, drawn))
+    machine.trim()  # what the trials before have left
     held = machine.resident(learner.device)
     evaluate, update = _update(config, opened, batch)
     if update.seconds < BUDGET:  # again, with the memory that it asked for
@@ -230,7 +231,7 @@ def kept(config: Config, opened: rl.Opened, batch: Pack) -> tuple[float, float]:
     def note(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in own:
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would keep its graph, and the graph it
 
     part = batch.take(batch.split(config.micro_tokens)[0]).to(learner.device)
     began = perf_counter()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,6 +86,14 @@ def forget_peak(device: torch.device = torch.device("cpu")) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR.exists():
         CLEAR.write_text("5")
+
+
+def trim() -> None:
+    """Give back to the system what the process holds and does not use, where its C library can."""
+    gc.collect()
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None) if STATUS.exists() else None
+    if release is not None:
+        release(0)
 
 
 def _status(name: str) -> int:
