@@ -236,13 +236,8 @@ def tuned(folder: Path, python: Path, whole: int, base: dict[str, Any], tune: bo
     if not tune:
         return plain
     times: list[tuple[float, dict[str, Any]]] = []
-    for change in (
-        {},
-        {"micro": work.answers // 4},
-        {"dtype": "bfloat16"},
-        {"dtype": "bfloat16", "micro": work.answers // 4},
-        {"paged": True},
-    ):
+    changes: list[dict[str, Any]] = [{}, {"micro": whole // 4}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "micro": whole // 4}]
+    for change in changes + ([{"paged": True}] if paged else []):
         side = Side.start("trl-tune", python, "theirs.py", folder, base | plain | change)
         try:
             side.answer()
