@@ -34,12 +34,17 @@ class LinearHead:
 
 def fits(head: object) -> TypeGuard[LinearHead]:
     """Whether the tiles may be used: a head that is one matrix, and nobody has asked for the plain way."""
-    return isinstance(head, LinearHead) and _fused.get()
+    return isinstance(head, LinearHead) and fused()
+
+
+def fused() -> bool:
+    """Whether operations with gradients of their own may be used: everywhere but inside `plain`."""
+    return _fused.get()
 
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Inside, scores are computed from plain operations by autograd: what the tiles are tested against."""
+    """Inside, models and scores are computed from plain operations by autograd: what the others are tested against."""
     token = _fused.set(False)
     try:
         yield

@@ -7,6 +7,7 @@ import torch
 
 from tilt.data.packing import pack
 from tilt.data.rollouts import Prompt, Rollout
+from tilt.linear_head import plain
 from tilt.models import compat
 from tilt.models.policy import Policy
 
@@ -48,7 +49,8 @@ def test_float32(kind, make, rollouts, alone):
 @pytest.mark.parametrize("kind", REQUIRED)
 def test_float64(kind, make, rollouts, alone):
     """Where an architecture norms or rotates in float32, a last bit can flip there: 1e-7 instead of 1e-10."""
-    compare(make(kind, torch.float64), rollouts, alone, kind, 1e-10 if kind == "gpt2" else 2e-7)
+    with plain():  # norms that do not round differ from those that do: tests/models/test_straight.py
+        compare(make(kind, torch.float64), rollouts, alone, kind, 1e-10 if kind == "gpt2" else 2e-7)
 
 
 def texts(shape):

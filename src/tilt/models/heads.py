@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tilt.data.packing import Pack
 from tilt.linear_head import LinearHead
-from tilt.models import compat
+from tilt.models import compat, straight
 from tilt.models.attention import PackedAttention
 from tilt.models.padded import Padded
 
@@ -23,7 +23,8 @@ def hidden_states(model: PreTrainedModel, pack: Pack) -> Tensor:
     """Last hidden state of every token of the pack, [T, D]: one packed row, or a padded batch where the architecture needs one."""
     body = compat.body_of(model)
     if compat.is_packed(model):
-        return compat.run_packed(body, pack.tokens, pack.positions, PackedAttention.of(pack.segments))
+        run = straight.hidden if straight.fits(body) else compat.run_packed
+        return run(body, pack.tokens, pack.positions, PackedAttention.of(pack.segments))
     batch = Padded.of(pack)
     return compat.run_padded(body, batch.tokens, batch.mask).flatten(0, 1)[batch.place]
 

@@ -28,6 +28,7 @@ from tilt.recipes.settings import Data, Lora, Run, Scratch
 from tilt.rewards.model import same_tokens
 from tilt.runs.directory import RunDirectory, auto_name, create
 from tilt.runs.journal import Journal
+from tilt.runs.machine import keep_freed_memory
 
 Row = dict[str, Any]
 
@@ -94,7 +95,8 @@ def _texts(value: Any) -> Iterable[str]:
 
 
 def settle(run: Run) -> torch.device:
-    """Threads, seeds and the device of a run."""
+    """Threads, memory, seeds and the device of a run."""
+    keep_freed_memory()
     torch.set_num_threads(run.threads or os.cpu_count() or 1)
     torch.manual_seed(run.seed)
     wanted = run.device if run.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")

@@ -26,6 +26,16 @@ class Machine:
     bandwidth: float
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks of up to 64 MiB for the next step instead of giving them back to the system and taking them, page by page, again."""
+    try:
+        adjust = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return
+    for parameter, value in ((-3, 2**26), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        adjust(parameter, value)
+
+
 def measure(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.5) -> Machine:
     """The machine's peaks, each the best of what was tried for so long: square products of a few sizes; a sum (one read) and a copy (a read and a write)."""
     large = device.type == "cuda"

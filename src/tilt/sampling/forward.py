@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tilt.models import compat
+from tilt.models.anatomy import is_common
 from tilt.models.attention import Attend
-from tilt.sampling.anatomy import is_common
 from tilt.sampling.cache import CHUNK, Decode, Ints, Store, rounded
 from tilt.sampling.lean import Lean
 from tilt.sampling.prefill import Continue, Prefill

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tilt.models.anatomy import window_of
 from tilt.models.attention import Attend
-from tilt.sampling.anatomy import window_of
 
 FUSED_BYTES = 2**28  # weights are laid side by side, in a copy, while the copies stay below this; larger products gain nothing from it
 

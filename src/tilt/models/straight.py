@@ -1,0 +1,146 @@
+"""The common decoder's training forward, straight from its modules' weights: norms, rotations and gates are one operation each, with gradients of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tilt import linear_head
+from tilt.models.anatomy import is_common, window_of
+from tilt.models.attention import Attend
+
+
+def fits(body: PreTrainedModel) -> bool:
+    """Whether `hidden` computes what this body's modules compute: a decoder without adapters or hooks, whole precision, nothing dropped or recomputed."""
+    if not linear_head.fused() or torch.is_autocast_enabled(body.device.type) or not is_common(body):
+        return False
+    parts: Any = body
+    recomputed = body.training and any(getattr(block, "gradient_checkpointing", False) for block in parts.layers)
+    dropped = body.training and any(block.self_attn.attention_dropout for block in parts.layers)
+    return body.dtype in (torch.float32, torch.float64) and not recomputed and not dropped
+
+
+def hidden(body: PreTrainedModel, tokens: Tensor, positions: Tensor, plan: Attend) -> Tensor:
+    """Last hidden states [T, D] of one row; `plan` decides who sees whom."""
+    parts: Any = body
+    x = parts.embed_tokens(tokens)
+    turns = _turns(parts, x, positions)
+    for number, block in enumerate(parts.layers):
+        x = _block(block, number, x, turns, plan)
+    return _norm(parts.norm, x)
+
+
+def _block(block: Any, number: int, x: Tensor, turns: dict[str | None, tuple[Tensor, Tensor]], plan: Attend) -> Tensor:
+    attention, inner, sandwich = block.self_attn, block.mlp, hasattr(block, "pre_feedforward_layernorm")
+    read = _norm(block.input_layernorm, x)
+    query, key, value = (
+        layer(read).unflatten(1, (-1, attention.head_dim)) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    if hasattr(attention, "q_norm"):
+        query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
+    turn = turns[attention.layer_type if sandwich else None]
+    query, key = (_Turn.apply(part, *turn) for part in (query, key))  # type: ignore[no-untyped-call]
+    seen = plan.attend(
+        *(part.transpose(0, 1)[None] for part in (query, key, value)),
+        layer=number, scaling=float(attention.scaling), window=window_of(block), softcap=None, sinks=None,
+    ).reshape(len(x), -1)  # fmt: skip
+    if sandwich:
+        x = x + _norm(block.post_attention_layernorm, attention.o_proj(seen))
+        found = _gated(inner, _norm(block.pre_feedforward_layernorm, x))
+        return x + _norm(block.post_feedforward_layernorm, inner.down_proj(found))
+    x = _added(attention.o_proj, x, seen)
+    return _added(inner.down_proj, x, _gated(inner, _norm(block.post_attention_layernorm, x)))
+
+
+def _added(layer: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
+    """x + layer(y), the sum inside the product."""
+    found = torch.addmm(x, y, layer.weight.t())
+    return found if layer.bias is None else found + layer.bias
+
+
+def _gated(inner: Any, x: Tensor) -> Tensor:
+    gate, up = inner.gate_proj(x), inner.up_proj(x)
+    if type(inner.act_fn).__name__ in ("SiLU", "SiLUActivation"):
+        return _Gate.apply(gate, up)  # type: ignore[no-any-return, no-untyped-call]
+    return inner.act_fn(gate) * up  # type: ignore[no-any-return]
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    weight = module.weight + 1.0 if type(module).__name__.startswith("Gemma") else module.weight
+    epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    return _Norm.apply(x, weight, float(epsilon))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _turns(parts: Any, x: Tensor, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+    """Cosines and signed sines of each kind of layer, [T, 1, width] each, from the model's own rotary module."""
+    kinds = list(parts.rotary_emb.rope_type) if isinstance(parts.rotary_emb.rope_type, dict) else [None]
+    found: dict[str | None, tuple[Tensor, Tensor]] = {}
+    for kind in kinds:
+        with torch.no_grad():
+            cos, sin = (y[0] for y in parts.rotary_emb(x[:1, :1], positions[None], *([] if kind is None else [kind])))
+            half = sin.shape[1] // 2
+            found[kind] = cos[:, None], torch.cat((-sin[:, :half], sin[:, half:]), 1)[:, None]
+    return found
+
+
+class _Norm(torch.autograd.Function):
+    """x / √(mean x² + ε) · w over the last axis; with r = 1/√(…): ∂/∂x = r (g w - x r² mean(g w x)), ∂/∂w = Σ g x r."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:  # type: ignore[override]
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        rate = size.square_().mul_(1 / x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, rate)
+        return (x * rate).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        _once()
+        x, weight, rate = ctx.saved_tensors
+        below = slope = None
+        if ctx.needs_input_grad[1]:
+            slope = torch.mv((g * x).reshape(-1, x.shape[-1]).t(), rate.reshape(-1))
+        if ctx.needs_input_grad[0]:
+            scaled = g * weight
+            along = torch.linalg.vecdot(scaled, x).unsqueeze(-1).mul_(rate).mul_(rate).mul_(-1 / x.shape[-1])
+            below = scaled.addcmul_(x, along).mul_(rate)
+        return below, slope, None
+
+
+class _Turn(torch.autograd.Function):
+    """x cos + roll(x) sin, by half the width; ∂/∂x = g cos + roll(g sin)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cos, sin)
+        return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        _once()
+        cos, sin = ctx.saved_tensors
+        return (g * sin).roll(g.shape[-1] // 2, -1).addcmul_(g, cos), None, None
+
+
+class _Gate(torch.autograd.Function):
+    """silu(a) b; with s = sigmoid(a): ∂/∂a = g b s (1 + a (1 - s)), ∂/∂b = g a s. Only a and b are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(a, b)
+        return F.silu(a).mul_(b)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        _once()
+        a, b = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(g * b, a), F.silu(a).mul_(g)
+
+
+def _once() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("this forward has one derivative: differentiate twice inside linear_head.plain()")
