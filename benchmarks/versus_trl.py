@@ -3,7 +3,7 @@
     python benchmarks/versus_trl.py W1 W2 --repeat 5
 
 TRL lives in an environment of its own, build/trl (made here at the first run, with this environment's torch and transformers), never in the project's.
-Each side is a process that waits for its turn before each step, so at any time one of them computes. TRL is timed from the beginning of a step to the
+Each side is a process that waits for its turn, so at any time one of them computes; a turn is a step that is not counted and a few that are. TRL is timed from the beginning of a step to the
 end of the optimizer's; Tilt from one step's record to the next. Before the timing TRL's ways are tried (`--tune`: micro-batches, dtype, continuous
 batching), and it goes on with its fastest. W1 to W4 are shapes with random weights, W5 is a race to 0.9 on two-digit sums, W6 SFT and DPO on real text.
 """
@@ -176,7 +176,7 @@ class Side:
 def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """One workload: both sides warm up, then take turns."""
     race = shared.RACES.get(name)
-    most = 400 if race is not None else given.repeat + given.warm + 3
+    most = 400 if race is not None else given.repeat * (given.each + 1) + given.warm + 3
     folder, python = prepared(name, most), installed()
     work = KNOWN[name]
     whole = work.answers if name in shared.WORKLOADS else work.batch if name in shared.LESSONS else work.prompts * work.samples
@@ -203,14 +203,15 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def taken(sides: dict[str, Side], given: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Steps in turns, after those that warm up."""
+    """Steps in turns of a few, after those that warm up; the first of a turn finds caches cold and cores asleep, and is not counted, on either side."""
     for side in sides.values():
         for _ in range(given.warm):
             side.step()
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for _ in range(given.repeat):
         for name, side in sides.items():
-            found[name].append(side.step())
+            side.step()
+            found[name] += [side.step() for _ in range(given.each)]
     return found
 
 
@@ -286,6 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", default=[*shared.WORKLOADS, *shared.RACES, *shared.LESSONS])
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--each", type=int, default=3, help="counted steps of a turn")
     parser.add_argument("--warm", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)

@@ -108,6 +108,19 @@ def test_the_cheapest_bunches():
         assert cost(alike(range(6), asked, overhead), overhead) == min(cost(way, overhead) for way in ways)
 
 
+def test_the_closing_plan():
+    """Row 5 6 | 7 8 E | 9 E: of the prompt only its end asks; what comes out is what the whole plan gives there, windows included."""
+    plan, wanted = PackedAttention.closing(Segments(torch.tensor([0, 2, 5]), torch.tensor([2, 3, 2]), torch.tensor([-1, 0, 0])))
+    assert wanted.tolist() == [1, 2, 3, 4, 5, 6]
+    plan, wanted = PackedAttention.closing(FOREST)
+    assert wanted.tolist() == [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20]
+    q, k, v = inputs()
+    for window in (None, 3):
+        want = PackedAttention.of(FOREST).attend(q, k, v, layer=0, scaling=0.4, window=window, softcap=None, sinks=None)
+        got = plan.attend(q[:, :, wanted], k, v, layer=0, scaling=0.4, window=window, softcap=None, sinks=None)
+        torch.testing.assert_close(got, want[:, wanted], atol=1e-12, rtol=0)
+
+
 def test_second_derivatives():
     """Trust regions differentiate twice; the math kernel allows it."""
     small = Segments(torch.tensor([0, 2, 4]), torch.tensor([2, 2, 1]), torch.tensor([-1, 0, 0]))

@@ -60,6 +60,20 @@ def test_float32(kind: str) -> None:
         assert float((gradient[name] - slope).norm()) <= 1e-4 * float(slope.norm()), name
 
 
+@pytest.mark.usefixtures("exact_norms")
+@pytest.mark.parametrize("kind", ["qwen3 with windows", "llama with every bias", "gemma3"])
+def test_the_last_layer_asks_where_something_is_wanted(kind: str) -> None:
+    """Predictors and last tokens, in any order and more than once: values and gradients are those of the whole row."""
+    lm, row = build(kind), batch()
+    at = torch.cat([row.predictors, row.last_tokens])
+    parameters = list(compat.body_of(lm).parameters())
+    slopes = torch.randn(len(at), 24, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    found, wanted = hidden_states(lm, row, at), hidden_states(lm, row)[at]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()))
+    for one, other in zip(*(torch.autograd.grad((x * slopes).sum(), parameters) for x in (found, wanted)), strict=True):
+        assert float((one - other).norm()) <= 1e-9 * float(other.norm())
+
+
 def test_what_the_modules_alone_know() -> None:
     """Adapters, hooks, other architectures, half precision, autocast, recomputed activations and dropout go through the modules."""
     lm = build("qwen3", torch.float32)

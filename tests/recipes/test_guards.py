@@ -149,7 +149,14 @@ def test_attention_across_texts(stops, monkeypatch):
         zero = torch.zeros(1, dtype=torch.long)
         return found(type(segments)(zero, segments.length.sum()[None], zero - 1))
 
-    planted(monkeypatch, lambda parts: monkeypatch.setattr(attention.PackedAttention, "of", staticmethod(whole)))
+    def everywhere(segments):
+        return whole(segments), torch.arange(int(segments.length.sum()))
+
+    def changed(parts):
+        monkeypatch.setattr(attention.PackedAttention, "of", staticmethod(whole))
+        monkeypatch.setattr(attention.PackedAttention, "closing", staticmethod(everywhere))
+
+    planted(monkeypatch, changed)
     assert (
         "diagnosis  attention mask: in the learner's packed forward pass an action's score changes with the tokens of other texts"
         in stops()
@@ -178,7 +185,9 @@ def test_answers_that_do_not_see_their_prompt(stops, monkeypatch):
 
 def test_positions_that_do_not_start_anew(stops, monkeypatch):
     found = Policy.hidden
-    monkeypatch.setattr(Policy, "hidden", lambda self, pack: found(self, replace(pack, positions=torch.arange(len(pack.tokens)))))
+    monkeypatch.setattr(
+        Policy, "hidden", lambda self, pack, at=None: found(self, replace(pack, positions=torch.arange(len(pack.tokens))), at)
+    )
     assert "diagnosis  positions: tokens are numbered along the whole row, not from 0 in each text" in stops()
 
 
@@ -190,7 +199,7 @@ def test_positions_that_the_batch_numbers_wrongly(stops, monkeypatch):
 
 def test_positions_of_no_known_kind_are_found_by_what_they_are_not(stops, monkeypatch):
     found = Policy.hidden
-    monkeypatch.setattr(Policy, "hidden", lambda self, pack: found(self, replace(pack, positions=pack.positions * 3)))
+    monkeypatch.setattr(Policy, "hidden", lambda self, pack, at=None: found(self, replace(pack, positions=pack.positions * 3), at))
     assert "diagnosis  positions: every action sees all of its own text and nothing else" in stops()
 
 

@@ -138,27 +138,24 @@ class PackedAttention:
         """The plan of a pack: which tokens each batch gathers, and where each token's output lies."""
         start, length, parent = segments.start, segments.length, segments.parent
         above = torch.where(parent >= 0, length[parent.clamp(min=0)], 0)
-        extra = OVERHEAD.get(start.device.type, 2**20)
-        sizes = [(a, n) for a, n in zip(above.tolist(), length.tolist(), strict=True)]
-        parts = [
-            which for child in (False, True) for which in alike([i for i, (a, _) in enumerate(sizes) if (a > 0) == child], sizes, extra)
-        ]
+        return _planned(start, start, length, start[parent.clamp(min=0)], above)
 
-        def gather(which: Tensor, width: int) -> Tensor:
-            steps = torch.arange(width, device=start.device).expand(len(which), width)
-            return start[which, None] + torch.minimum(steps, length[which, None] - 1)
+    @staticmethod
+    def closing(segments: Segments) -> tuple[PackedAttention, Tensor]:
+        """The plan of a last layer, and the tokens [N] whose outputs it gives, in order: all of what nothing hangs under, the last of what something does.
 
-        bunches, base, done = [], torch.empty_like(start), 0
-        for part in parts:
-            which = torch.tensor(part, device=start.device)
-            queries = gather(which, max(sizes[i][1] for i in part))
-            keys = torch.cat([gather(parent[which], max(sizes[i][0] for i in part)), queries], 1) if sizes[part[0]][0] else queries
-            bunches.append(Bunch(queries, keys, above[which], length[which]))
-            base[which] = done + torch.arange(len(part), device=start.device) * queries.shape[1]
-            done += queries.numel()
-        tokens = sum(n for _, n in sizes)
-        inverse = torch.repeat_interleave(base - start, length, output_size=tokens) + torch.arange(tokens, device=start.device)
-        return PackedAttention(tuple(bunches), inverse)
+        Its queries are those tokens' alone; its keys are all tokens'. Worked example: 5 6 | 7 8 E | 9 E → tokens 1 2 3 4 5 6: of the prompt only the end.
+        """
+        start, length, parent = segments.start, segments.length, segments.parent
+        shared = torch.zeros_like(start, dtype=torch.bool)
+        shared[parent[parent >= 0]] = True
+        own = torch.where(shared, 1, length)
+        first = torch.where(shared, start + length - 1, start)
+        above = torch.where(shared, length - 1, torch.where(parent >= 0, length[parent.clamp(min=0)], 0))
+        before = torch.where(shared, start, start[parent.clamp(min=0)])
+        compact = own.cumsum(0) - own
+        tokens = torch.repeat_interleave(first - compact, own) + torch.arange(int(own.sum()), device=own.device)
+        return _planned(compact, first, own, before, above), tokens
 
     def attend(
         self,
@@ -173,8 +170,8 @@ class PackedAttention:
         sinks: Tensor | None,
     ) -> Tensor:
         """Attention of one layer in row order: query [1, heads, T, width], key and value [1, kv_heads, T, width] → [1, T, heads, width]."""
-        (_, heads, tokens, _), kv_heads = query.shape, key.shape[1]
-        q, k, v = (x.transpose(1, 2).reshape(tokens, -1) for x in (query, key, value))
+        heads, kv_heads = query.shape[1], key.shape[1]
+        q, k, v = (x.transpose(1, 2).reshape(x.shape[2], -1) for x in (query, key, value))
 
         def part(bunch: Bunch) -> Tensor:
             questions, answers = bunch.queries, bunch.keys
@@ -190,6 +187,31 @@ class PackedAttention:
             return out.transpose(1, 2).reshape(questions.numel(), -1)
 
         return F.embedding(self.inverse, torch.cat([part(bunch) for bunch in self.bunches])).unflatten(1, (heads, -1))[None]
+
+
+def _planned(asking: Tensor, start: Tensor, length: Tensor, before: Tensor, above: Tensor) -> PackedAttention:
+    """The plan of segments of `length` tokens from `start` on, whose queries lie from `asking` on, and which see `above` tokens from `before` on, too."""
+    extra = OVERHEAD.get(start.device.type, 2**20)
+    sizes = list(zip(above.tolist(), length.tolist(), strict=True))
+    parts = [which for child in (False, True) for which in alike([i for i, (a, _) in enumerate(sizes) if (a > 0) == child], sizes, extra)]
+
+    def gather(first: Tensor, count: Tensor, width: int) -> Tensor:
+        steps = torch.arange(width, device=first.device).expand(len(first), width)
+        return first[:, None] + torch.minimum(steps, (count[:, None] - 1).clamp(min=0))
+
+    bunches, base, done = [], torch.empty_like(start), 0
+    for part in parts:
+        which = torch.tensor(part, device=start.device)
+        own = max(sizes[i][1] for i in part)
+        queries, keys = gather(asking[which], length[which], own), gather(start[which], length[which], own)
+        if sizes[part[0]][0]:
+            keys = torch.cat([gather(before[which], above[which], max(sizes[i][0] for i in part)), keys], 1)
+        bunches.append(Bunch(queries, keys, above[which], length[which]))
+        base[which] = done + torch.arange(len(part), device=start.device) * own
+        done += queries.numel()
+    tokens = sum(n for _, n in sizes)
+    inverse = torch.repeat_interleave(base - asking, length, output_size=tokens) + torch.arange(tokens, device=start.device)
+    return PackedAttention(tuple(bunches), inverse)
 
 
 def alike(which: Sequence[int], sizes: Sequence[tuple[int, int]], overhead: int) -> list[list[int]]:

@@ -19,14 +19,20 @@ from tilt.models.padded import Padded
 Head = Callable[[Tensor], Tensor]
 
 
-def hidden_states(model: PreTrainedModel, pack: Pack) -> Tensor:
-    """Last hidden state of every token of the pack, [T, D]: one packed row, or a padded batch where the architecture needs one."""
+def hidden_states(model: PreTrainedModel, pack: Pack, at: Tensor | None = None) -> Tensor:
+    """Last hidden state of every token of the pack, [T, D], or of the tokens `at`, [N, D]: of a shared prompt only the last one may be among them.
+
+    One packed row, straight from the weights where the architecture is known so well; or a padded batch where it needs one.
+    """
     body = compat.body_of(model)
+    if compat.is_packed(model) and straight.fits(body):
+        return straight.hidden(body, pack.tokens, pack.positions, pack.segments, at)
     if compat.is_packed(model):
-        run = straight.hidden if straight.fits(body) else compat.run_packed
-        return run(body, pack.tokens, pack.positions, PackedAttention.of(pack.segments))
-    batch = Padded.of(pack)
-    return compat.run_padded(body, batch.tokens, batch.mask).flatten(0, 1)[batch.place]
+        every = compat.run_packed(body, pack.tokens, pack.positions, PackedAttention.of(pack.segments))
+    else:
+        batch = Padded.of(pack)
+        every = compat.run_padded(body, batch.tokens, batch.mask).flatten(0, 1)[batch.place]
+    return every if at is None else every[at]
 
 
 def head_function(lm: PreTrainedModel, layer: nn.Module | None = None) -> Head:

@@ -32,9 +32,9 @@ class Policy(nn.Module):
         """The line for the run's beginning when the model runs on padded batches; empty when packed."""
         return agreement.note(self.lm)
 
-    def hidden(self, pack: Pack) -> Tensor:
-        """Last hidden state of every token, [T, D]."""
-        return hidden_states(self.lm, pack)
+    def hidden(self, pack: Pack, at: Tensor | None = None) -> Tensor:
+        """Last hidden state of every token, [T, D], or of those `at` alone: of a shared prompt only its last."""
+        return hidden_states(self.lm, pack, at)
 
     @property
     def head(self) -> Head:
@@ -44,12 +44,12 @@ class Policy(nn.Module):
     @torch.no_grad()
     def before_actions(self, pack: Pack) -> Tensor:
         """Hidden states before the actions, [A, D], without a graph: what an anchor keeps of this policy."""
-        return self.hidden(pack)[pack.predictors]
+        return self.hidden(pack, pack.predictors)
 
     @torch.no_grad()
     def collisions(self, pack: Pack) -> Tensor:
         """log sum_v p(v)^2 before each action, [A]: how likely two draws agree; without a graph."""
-        hidden = self.hidden(pack)[pack.predictors]
+        hidden = self.before_actions(pack)
         parts = [
             collision(logits if logits.dtype == torch.float64 else logits.float()) for logits in map(self.head, hidden.split(self.chunk))
         ]
@@ -62,9 +62,10 @@ class Policy(nn.Module):
 
         All are of the distributions within the kept sets of the pack.
         """
-        hidden = self.hidden(pack)
+        count, places = len(pack.predictors), pack.predictors
+        hidden = self.hidden(pack, torch.cat([places, pack.last_tokens]) if values else places)
         scores = score_actions(
-            hidden[pack.predictors],
+            hidden[:count],
             self.head,
             pack.actions,
             temperature=temperature,
@@ -77,7 +78,7 @@ class Policy(nn.Module):
             return Outputs.of(scores.logprobs, entropy=scores.entropy, kl=scores.kl, sequences=pack.layout.sequences)
         assert self.value_head is not None, "values are asked of a policy without a value head"
         worth = self.value_head(hidden)[:, 0].to(scores.logprobs.dtype)
-        return Outputs(*scores, values=worth[pack.predictors], final=worth[pack.last_tokens])
+        return Outputs(*scores, values=worth[:count], final=worth[count:])
 
 
 def value_layer(model: PreTrainedModel) -> nn.Linear:
@@ -137,8 +138,7 @@ class RewardModel(nn.Module):
 
     def forward(self, pack: Pack) -> Tensor:
         """Score of each sequence, [S]."""
-        hidden = hidden_states(self.model, pack)
-        return compat.score_of(self.model)(hidden[pack.last_tokens])[:, 0]
+        return compat.score_of(self.model)(hidden_states(self.model, pack, pack.last_tokens))[:, 0]
 
     def everywhere(self, pack: Pack) -> Tensor:
         """Score read after every token, [T]: what `forward` reads at the last token of each sequence."""
@@ -176,5 +176,5 @@ class Critic(nn.Module):
 
     def forward(self, pack: Pack) -> tuple[Tensor, Tensor]:
         """Values [A] of the states before the actions, and final values [S]."""
-        values = self.head(hidden_states(self.body, pack))[:, 0]
-        return values[pack.predictors], values[pack.last_tokens]
+        values = self.head(hidden_states(self.body, pack, torch.cat([pack.predictors, pack.last_tokens])))[:, 0]
+        return values[: len(pack.predictors)], values[len(pack.predictors) :]

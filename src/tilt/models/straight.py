@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tilt import linear_head
+from tilt.data.packing import Segments
 from tilt.models.anatomy import is_common, window_of
-from tilt.models.attention import Attend
+from tilt.models.attention import PackedAttention
 
 
 def fits(body: PreTrainedModel) -> bool:
@@ -24,26 +25,43 @@ def fits(body: PreTrainedModel) -> bool:
     return body.dtype in (torch.float32, torch.float64) and not recomputed and not dropped
 
 
-def hidden(body: PreTrainedModel, tokens: Tensor, positions: Tensor, plan: Attend) -> Tensor:
-    """Last hidden states [T, D] of one row; `plan` decides who sees whom."""
+def hidden(body: PreTrainedModel, tokens: Tensor, positions: Tensor, segments: Segments, at: Tensor | None) -> Tensor:
+    """Last hidden states of one row, [T, D]; or of the tokens `at` alone, [N, D], for which the last layer asks only where something is wanted.
+
+    `at` may name any token of a segment that nothing hangs under, and the last of the others.
+    """
     parts: Any = body
     x = parts.embed_tokens(tokens)
-    turns = _turns(parts, x, positions)
-    for number, block in enumerate(parts.layers):
+    turns, plan = _turns(parts, x, positions), PackedAttention.of(segments)
+    last = len(parts.layers) - 1
+    for number, block in enumerate(parts.layers[: last if at is not None else None]):
         x = _block(block, number, x, turns, plan)
-    return _norm(parts.norm, x)
+    if at is None:
+        return _norm(parts.norm, x)
+    plan, wanted = PackedAttention.closing(segments)
+    x = _block(parts.layers[last], last, x, turns, plan, wanted)
+    place = torch.zeros_like(tokens)
+    place[wanted] = torch.arange(len(wanted), device=tokens.device)
+    return _norm(parts.norm, F.embedding(place[at], x))
 
 
-def _block(block: Any, number: int, x: Tensor, turns: dict[str | None, tuple[Tensor, Tensor]], plan: Attend) -> Tensor:
+def _block(
+    block: Any, number: int, x: Tensor, turns: dict[str | None, tuple[Tensor, Tensor]], plan: PackedAttention, wanted: Tensor | None = None
+) -> Tensor:
+    """The block's output for every token, or for those that are wanted, which alone ask; all of them answer."""
     attention, inner, sandwich = block.self_attn, block.mlp, hasattr(block, "pre_feedforward_layernorm")
     read = _norm(block.input_layernorm, x)
+    cos, sin = turns[attention.layer_type if sandwich else None]
+    turn = (cos, sin) if wanted is None else (cos[wanted], sin[wanted])
+    asking = read if wanted is None else F.embedding(wanted, read)
+    x = x if wanted is None else F.embedding(wanted, x)
     query, key, value = (
-        layer(read).unflatten(1, (-1, attention.head_dim)) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+        layer(given).unflatten(1, (-1, attention.head_dim))
+        for layer, given in ((attention.q_proj, asking), (attention.k_proj, read), (attention.v_proj, read))
     )
     if hasattr(attention, "q_norm"):
         query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
-    turn = turns[attention.layer_type if sandwich else None]
-    query, key = (_Turn.apply(part, *turn) for part in (query, key))  # type: ignore[no-untyped-call]
+    query, key = _Turn.apply(query, *turn), _Turn.apply(key, cos, sin)  # type: ignore[no-untyped-call]
     seen = plan.attend(
         *(part.transpose(0, 1)[None] for part in (query, key, value)),
         layer=number, scaling=float(attention.scaling), window=window_of(block), softcap=None, sinks=None,
