@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoders import exact_norms  # noqa: F401
 from torch import Tensor
 
 from tilt.data.rendering import renderer
@@ -38,6 +39,8 @@ from tilt.rewards.judge import (
     tokens_of,
     verdict_tokens,
 )
+
+pytestmark = pytest.mark.usefixtures("exact_norms")  # as they are, the modules' norms round to float32
 
 WORDS = characters("ab12345678910?:. ")
 ASKED, FIRST, SECOND = ["a?", "b b?", "a?", "ab?"], ["a", "bb ab", "", "aaaaaaa"], ["b", "a", "ba ba", "b"]
