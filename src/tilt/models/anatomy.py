@@ -54,6 +54,32 @@ def window_of(block: Any) -> int | None:
     return None if window is None else int(window)
 
 
+def gain_of(norm: Any, weight: Tensor) -> Tensor:
+    """What a norm multiplies by, from its weight: in Gemma one more than that."""
+    return weight + 1.0 if type(norm).__name__.startswith("Gemma") else weight
+
+
+def epsilon_of(norm: Any) -> float:
+    """What a norm adds to the mean square."""
+    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
+
+
+def kinds_of(body: Any) -> list[str | None]:
+    """The kinds of layers that have angles of their own; None where all have the same."""
+    kinds = body.rotary_emb.rope_type
+    return list(kinds) if isinstance(kinds, dict) else [None]
+
+
+def angles_of(body: Any, like: Tensor, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines [T, width] by the model's own rotary module, in the dtype of `like` [1, 1].
+
+    A turned head is x · cos + (x rolled by half its width) · sin, the first half of sin negated.
+    """
+    cos, sin = (x[0] for x in body.rotary_emb(like, positions[None], *([] if kind is None else [kind])))
+    half = sin.shape[1] // 2
+    return cos, torch.cat((-sin[:, :half], sin[:, half:]), 1)
+
+
 def _parts(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_children()}
 

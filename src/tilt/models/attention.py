@@ -175,7 +175,7 @@ class PackedAttention:
 
         def part(bunch: Bunch) -> Tensor:
             questions, answers = bunch.queries, bunch.keys
-            out = _attention(
+            out = attended(
                 _heads(q, questions, heads),
                 _heads(k, answers, kv_heads),
                 _heads(v, answers, kv_heads),
@@ -256,7 +256,7 @@ def _heads(row: Tensor, index: Tensor, heads: int) -> Tensor:
     return F.embedding(index, row).unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
     """Attention of a batch, [B, heads, N, width]; without a mask it is causal. `softcap` bounds scores by c·tanh(s/c), `sinks` [heads] are scores of a key without value."""
     groups = q.shape[1] // k.shape[1]
     if softcap is None and sinks is None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from tilt import linear_head
 from tilt.data.packing import Segments
-from tilt.models.anatomy import is_common, window_of
+from tilt.models.anatomy import angles_of, epsilon_of, gain_of, is_common, kinds_of, window_of
 from tilt.models.attention import PackedAttention
 
 
@@ -88,21 +88,14 @@ def _gated(inner: Any, x: Tensor) -> Tensor:
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
-    weight = module.weight + 1.0 if type(module).__name__.startswith("Gemma") else module.weight
-    epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
-    return _Norm.apply(x, weight, float(epsilon))  # type: ignore[no-any-return, no-untyped-call]
+    return _Norm.apply(x, gain_of(module, module.weight), epsilon_of(module))  # type: ignore[no-any-return, no-untyped-call]
 
 
+@torch.no_grad()
 def _turns(parts: Any, x: Tensor, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
-    """Cosines and signed sines of each kind of layer, [T, 1, width] each, from the model's own rotary module."""
-    kinds = list(parts.rotary_emb.rope_type) if isinstance(parts.rotary_emb.rope_type, dict) else [None]
-    found: dict[str | None, tuple[Tensor, Tensor]] = {}
-    for kind in kinds:
-        with torch.no_grad():
-            cos, sin = (y[0] for y in parts.rotary_emb(x[:1, :1], positions[None], *([] if kind is None else [kind])))
-            half = sin.shape[1] // 2
-            found[kind] = cos[:, None], torch.cat((-sin[:, :half], sin[:, half:]), 1)[:, None]
-    return found
+    """Cosines and signed sines of each kind of layer, [T, 1, width] each."""
+    found = {kind: angles_of(parts, x[:1, :1], positions, kind) for kind in kinds_of(parts)}
+    return {kind: (cos[:, None], sin[:, None]) for kind, (cos, sin) in found.items()}
 
 
 class _Norm(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tilt.models.anatomy import window_of
+from tilt.models.anatomy import angles_of, epsilon_of, gain_of, kinds_of, window_of
 from tilt.models.attention import Attend
 
 FUSED_BYTES = 2**28  # weights are laid side by side, in a copy, while the copies stay below this; larger products gain nothing from it
@@ -91,7 +91,7 @@ class Norm:
         weight = scale(module) if scales is None else scales
         self.scale = weight
         self.share = 1.0 / weight.shape[-1]
-        self.epsilon = weight.new_tensor(module.eps if hasattr(module, "eps") else module.variance_epsilon)
+        self.epsilon = weight.new_tensor(epsilon_of(module))
 
     def __call__(self, x: Tensor) -> Tensor:
         precise = x if x.dtype == self.scale.dtype else x.to(self.scale.dtype)
@@ -101,24 +101,18 @@ class Norm:
 
 
 class Angles:
-    """Cosines and signed sines of each kind of layer by position, from the model's own rotary module; the table doubles when a text outgrows it.
-
-    A turned head is x · cos + (x rolled by half its width) · sin, the first half of sin negated.
-    """
+    """Cosines and signed sines of each kind of layer by position; the table doubles when a text outgrows it."""
 
     def __init__(self, body: PreTrainedModel) -> None:
         parts: Any = body
-        self.rotary, self.like = parts.rotary_emb, parts.embed_tokens.weight[:1, :1]
-        self.kinds: list[str | None] = list(parts.rotary_emb.rope_type) if isinstance(parts.rotary_emb.rope_type, dict) else [None]
+        self.body, self.like, self.kinds = parts, parts.embed_tokens.weight[:1, :1], kinds_of(parts)
         self.tables: dict[str | None, Tensor] = {}
 
     def at(self, kind: str | None, positions: Tensor, reach: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [T, 1, width] at positions below `reach`."""
         if kind not in self.tables or len(self.tables[kind]) < reach:
-            places = torch.arange(max(256, 1 << (reach - 1).bit_length()), device=positions.device)[None]
-            cos, sin = (x[0] for x in (self.rotary(self.like, places) if kind is None else self.rotary(self.like, places, kind)))
-            sin = torch.cat((-sin[:, : sin.shape[1] // 2], sin[:, sin.shape[1] // 2 :]), 1)
-            self.tables[kind] = torch.stack((cos, sin), 1)
+            places = torch.arange(max(256, 1 << (reach - 1).bit_length()), device=positions.device)
+            self.tables[kind] = torch.stack(angles_of(self.body, self.like, places, kind), 1)
         both = self.tables[kind].index_select(0, positions)
         return both[:, :1], both[:, 1:]
 
@@ -126,8 +120,7 @@ class Angles:
 def scale(module: Any) -> Tensor:
     """What a norm multiplies by, in float32 at least: its weight, or one more than it in Gemma."""
     weight = module.weight.detach()
-    weight = weight if weight.dtype == torch.float64 else weight.float()
-    return weight + 1.0 if type(module).__name__.startswith("Gemma") else weight
+    return gain_of(module, weight if weight.dtype == torch.float64 else weight.float())
 
 
 def product(layers: Sequence[nn.Linear], fuse: bool) -> Function:

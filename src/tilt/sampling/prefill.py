@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tilt.sampling.cache import Ints, Store, cap, weights
+from tilt.models.attention import attended
+from tilt.sampling.cache import Ints, Store
 
 
 class Prefill:
@@ -43,7 +43,7 @@ class Prefill:
         keys, values = self.store.layer(layer, key, value)
         keys[rows, :, : self.widest], values[rows, :, : self.widest] = k, v
         plain = window is None or window >= self.widest
-        out = looked(q, k, v, None if plain and softcap is None and sinks is None else self._visible(window), scaling, softcap, sinks)
+        out = attended(q, k, v, None if plain and softcap is None and sinks is None else self._visible(window), scaling, softcap, sinks)
         return out.transpose(1, 2).flatten(0, 1)[self.real][None]
 
     def _visible(self, window: int | None) -> Tensor:
@@ -81,22 +81,12 @@ class Continue:
         width = window or self.stop
         if width not in self.masks:
             self.masks[width] = visible(self.stop - self.start, self.stop, width, self.positions.device)
-        return looked(query, keys[row, :, : self.stop], values[row, :, : self.stop], self.masks[width], scaling, softcap, sinks).transpose(
-            1, 2
-        )
+        return attended(
+            query, keys[row, :, : self.stop], values[row, :, : self.stop], self.masks[width], scaling, softcap, sinks
+        ).transpose(1, 2)
 
 
 def visible(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
     """[queries, keys], the queries being the last of the keys' positions; true where query i sees key j: j ≤ i, and i - j < window."""
     ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
     return ones.tril(keys - queries) & ~ones.tril(keys - queries - window)
-
-
-def looked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Attention [batch, heads, queries, width] inside a mask; without one it is causal."""
-    if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    assert mask is not None
-    repeat = q.shape[1] // k.shape[1]
-    scores = cap((q * scaling) @ k.repeat_interleave(repeat, 1).transpose(2, 3), softcap).masked_fill(~mask, -torch.inf)
-    return weights(scores.transpose(1, 2), sinks).transpose(1, 2).to(v.dtype) @ v.repeat_interleave(repeat, 1)
