@@ -34,8 +34,9 @@ def test_ends_counts_the_likeliest_token_after_an_answer():
     lm = tiny("gpt2", vocabulary=10, width=16, layers=1, heads=2, context=16)
 
     class Counting(Policy):
-        def hidden(self, pack):
-            return torch.nn.functional.one_hot((pack.tokens + 1) % 10, 16).float() * 20
+        def hidden(self, pack, at=None):
+            tokens = pack.tokens if at is None else pack.tokens[at]
+            return torch.nn.functional.one_hot((tokens + 1) % 10, 16).float() * 20
 
         def head(self, hidden):
             return hidden[:, :10]

@@ -36,8 +36,7 @@ def likelihood(
     with torch.no_grad(), autocast():
         for part in batch.split(micro_tokens):
             small = batch.take(part).to(device)
-            hidden = policy.hidden(small)
-            chosen = hidden[small.predictors]
+            chosen = policy.before_actions(small)
             logprobs = score_actions(chosen, policy.head, small.actions, temperature=1.0, entropy=False, chunk=policy.chunk).logprobs
             total -= logprobs.double().sum().cpu()
             if len(stops):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tilt import linear_head
 from tilt.data.packing import Pack, pack
 from tilt.data.rollouts import Prompt, Rollout
 from tilt.errors import UsageError
@@ -27,7 +28,11 @@ def settle(lm: PreTrainedModel) -> None:
     disagrees as well is refused: Tilt does not know its head.
     """
     plain = compat.attention_of(lm)
-    with torch.no_grad(), _short_windows(lm):
+    with (
+        torch.no_grad(),
+        _short_windows(lm),
+        linear_head.plain(),
+    ):  # the modules are judged; what is computed straight from weights is known
         trial = _trial(compat.text_config(lm).vocab_size).to(compat.device_of(lm))
         try:
             truth = _plain(lm, trial)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,6 @@ from tilt.data.rollouts import Rollout
 from tilt.recipes import opening
 from tilt.recipes.settings import Training
 from tilt.runs.machine import wait
-
-if TYPE_CHECKING:
-    pass
 
 Examples = Sequence[Rollout]
 
