@@ -155,8 +155,8 @@ class Side:
         """The next line that it has to say."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith("@@"):
-                return json.loads(line[2:])
+            if line.startswith(shared.MARK):
+                return json.loads(line.removeprefix(shared.MARK))
         raise SystemExit(f"{self.name} ended with {self.process.wait()}: see {ROOT / 'build' / 'versus'}")
 
     def go(self) -> None:

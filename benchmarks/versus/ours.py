@@ -18,18 +18,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import workloads as shared
+from workloads import say
 
 from tilt.config.schema import parse
 from tilt.recipes import dpo, rl, sft
 from tilt.runs.journal import Journal
 from tilt.sampling import engine
 
-MARK = "@@"
 HERE = Path(__file__).parent / "workloads.py"
-
-
-def say(**found: Any) -> None:
-    print(MARK + json.dumps(found), flush=True)
 
 
 def in_turn() -> None:
@@ -86,17 +82,15 @@ def described(folder: Path, record: dict[str, Any], options: dict[str, Any]) -> 
     average = "token" if options["loss"] == "dapo" else "sequence"
     group = {"algorithm": "grpo", "objective": {"penalty": {"none": {}}, "average": average}, "eval": {"every": 0, "prompts": 2}}
     optimizer = {"lr": options["lr"]}
-    if "kind" in record:
-        lesson = shared.Lesson(**{**record, "shape": shared.Shape(**record["shape"])})
-        rows = {"data": data, "batch": lesson.batch, "optimizer": optimizer}
-        return (sft, rows) if lesson.kind == "sft" else (dpo, rows | {"beta": 0.1})
-    if "target" in record:
-        race = shared.Race(**record)
+    work = shared.recorded(record)
+    if isinstance(work, shared.Lesson):
+        rows = {"data": data, "batch": work.batch, "optimizer": optimizer}
+        return (sft, rows) if work.kind == "sft" else (dpo, rows | {"beta": 0.1})
+    if isinstance(work, shared.Race):
         return rl, group | {
-            "data": data, "reward": {f"{HERE}:right": {}}, "prompts": race.prompts, "samples": race.samples, "sampling": {"max_tokens": race.new},
-            "optimizer": optimizer | {"warmup": race.warmup},
+            "data": data, "reward": {f"{HERE}:right": {}}, "prompts": work.prompts, "samples": work.samples, "sampling": {"max_tokens": work.new},
+            "optimizer": optimizer | {"warmup": work.warmup},
         }  # fmt: skip
-    work = shared.Workload(**{**record, "shape": shared.Shape(**record["shape"])})
     force(work.lengths(), work.shape.vocabulary - 2, work.new)
     unguarded = {"guards": {"sampler": 1e9, "probability": 1.0}, "max_mismatch": 1.0}  # a forced end has no log-probability
     return rl, group | unguarded | {

@@ -24,12 +24,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 sys.path.insert(0, str(Path(__file__).parent))
 import workloads as shared
-
-MARK = "@@"
-
-
-def say(**found: Any) -> None:
-    print(MARK + json.dumps(found), flush=True)
+from workloads import say
 
 
 class Forced(LogitsProcessor):
@@ -79,22 +74,14 @@ def main() -> None:
         logging_steps=10**6, save_strategy="no", weight_decay=0.0, max_grad_norm=1.0, adam_beta2=0.95, shuffle_dataset=False, seed=options["seed"],
         disable_tqdm=True,
     )  # fmt: skip
-    if "kind" in record:
-        trainer = lesson(shared.Lesson(**{**record, "shape": shared.Shape(**record["shape"])}), common, model, tokenizer, rows)
-    elif "target" in record:
-        trainer = race(
-            shared.Race(**record),
-            common | {"warmup_steps": record["warmup"], "lr_scheduler_type": "constant_with_warmup"},
-            options,
-            model,
-            tokenizer,
-            rows,
-            times,
-        )
+    work = shared.recorded(record)
+    if isinstance(work, shared.Lesson):
+        trainer = lesson(work, common, model, tokenizer, rows)
+    elif isinstance(work, shared.Race):
+        rising = common | {"warmup_steps": work.warmup, "lr_scheduler_type": "constant_with_warmup"}
+        trainer = race(work, rising, options, model, tokenizer, rows, times)
     else:
-        trainer = grpo(
-            shared.Workload(**{**record, "shape": shared.Shape(**record["shape"])}), common, options, model, tokenizer, rows, times
-        )
+        trainer = grpo(work, common, options, model, tokenizer, rows, times)
     trainer.add_callback(Steps(times))
     if options.get("dump"):
         dump(trainer, Path(options["dump"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -96,6 +97,21 @@ WORKLOADS = {
 CHECK = Workload(SMALL, prompt=24, new=48, samples=4, answers=16, stops=True)  # what both sides are compared on, number by number
 LESSONS = {"W6-sft": Lesson("sft", Shape(256, 4, 4, 2, 768, 4096)), "W6-dpo": Lesson("dpo", Shape(256, 4, 4, 2, 768, 4096))}
 RACES = {"W5": Race()}
+
+
+MARK = "@@"  # before what a side has to say, among all else on its standard output
+
+
+def say(**found: Any) -> None:
+    """One line of JSON behind the mark."""
+    print(MARK + json.dumps(found), flush=True)
+
+
+def recorded(record: dict[str, Any]) -> Workload | Lesson | Race:
+    """The workload that a record describes."""
+    if "target" in record:
+        return Race(**record)
+    return (Lesson if "kind" in record else Workload)(**{**record, "shape": Shape(**record["shape"])})
 
 
 def words(size: int) -> list[str]:
