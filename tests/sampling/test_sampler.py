@@ -12,6 +12,7 @@ from tilt.errors import NumericError, UsageError
 from tilt.models import compat
 from tilt.models.adapters import adapter_off, add_lora, plain_copy
 from tilt.models.policy import Policy
+from tilt.sampling import forward
 from tilt.sampling.sampler import Sampler, greedy
 
 PROMPTS = [Prompt((5, 6), 3), Prompt((7,), 8, {"answer": "x"})]
@@ -90,7 +91,13 @@ def test_greedy_evaluation_takes_the_likeliest_token(lm: PreTrainedModel) -> Non
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_is_off_inside_and_every_mode_is_restored(lm: PreTrainedModel, training: bool) -> None:
+@pytest.mark.parametrize("modules", [False, True])
+def test_dropout_is_off_inside_and_every_mode_is_restored(
+    lm: PreTrainedModel, training: bool, modules: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Straight from the weights, where there is no dropout, and through the modules, which have some."""
+    if modules:
+        monkeypatch.setattr(forward, "is_common", lambda body: False)
     lm.train(training)
     lm.model.layers[1].train(not training)
     modes = [m.training for m in lm.modules()]
