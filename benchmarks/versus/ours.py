@@ -88,7 +88,7 @@ def described(folder: Path, record: dict[str, Any], options: dict[str, Any]) -> 
         return (sft, rows) if work.kind == "sft" else (dpo, rows | {"beta": 0.1})
     if isinstance(work, shared.Race):
         return rl, group | {
-            "data": data, "reward": {f"{HERE}:right": {}}, "prompts": work.prompts, "samples": work.samples, "sampling": {"max_tokens": work.new},
+            "data": data, "reward": f"{HERE}:right", "prompts": work.prompts, "samples": work.samples, "sampling": {"max_tokens": work.new},
             "optimizer": optimizer | {"warmup": work.warmup},
         }  # fmt: skip
     force(work.lengths(), work.shape.vocabulary - 2, work.new)
