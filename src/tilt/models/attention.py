@@ -147,14 +147,11 @@ class PackedAttention:
         Its queries are those tokens' alone; its keys are all tokens'. Worked example: 5 6 | 7 8 E | 9 E → tokens 1 2 3 4 5 6: of the prompt only the end.
         """
         start, length, parent = segments.start, segments.length, segments.parent
-        shared = torch.zeros_like(start, dtype=torch.bool)
-        shared[parent[parent >= 0]] = True
-        own = torch.where(shared, 1, length)
-        first = torch.where(shared, start + length - 1, start)
+        shared, first, own = _closing(segments)
         above = torch.where(shared, length - 1, torch.where(parent >= 0, length[parent.clamp(min=0)], 0))
         before = torch.where(shared, start, start[parent.clamp(min=0)])
         compact = own.cumsum(0) - own
-        tokens = torch.repeat_interleave(first - compact, own) + torch.arange(int(own.sum()), device=own.device)
+        tokens = asking(segments)
         return _planned(compact, first, own, before, above), tokens
 
     def attend(
@@ -189,8 +186,22 @@ class PackedAttention:
         return F.embedding(self.inverse, torch.cat([part(bunch) for bunch in self.bunches])).unflatten(1, (heads, -1))[None]
 
 
-def _planned(asking: Tensor, start: Tensor, length: Tensor, before: Tensor, above: Tensor) -> PackedAttention:
-    """The plan of segments of `length` tokens from `start` on, whose queries lie from `asking` on, and which see `above` tokens from `before` on, too."""
+def asking(segments: Segments) -> Tensor:
+    """The tokens that ask in a last layer, in order: all of what nothing hangs under, the last of what something does."""
+    _, first, own = _closing(segments)
+    return torch.repeat_interleave(first - (own.cumsum(0) - own), own) + torch.arange(int(own.sum()), device=own.device)
+
+
+def _closing(segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each segment in a last layer: whether others hang under it, the first token that asks, and how many do."""
+    start, length, parent = segments.start, segments.length, segments.parent
+    shared = torch.zeros_like(start, dtype=torch.bool)
+    shared[parent[parent >= 0]] = True
+    return shared, torch.where(shared, start + length - 1, start), torch.where(shared, 1, length)
+
+
+def _planned(asked: Tensor, start: Tensor, length: Tensor, before: Tensor, above: Tensor) -> PackedAttention:
+    """The plan of segments of `length` tokens from `start` on, whose queries lie from `asked` on, and which see `above` tokens from `before` on, too."""
     extra = OVERHEAD.get(start.device.type, 2**20)
     sizes = list(zip(above.tolist(), length.tolist(), strict=True))
     parts = [which for child in (False, True) for which in alike([i for i, (a, _) in enumerate(sizes) if (a > 0) == child], sizes, extra)]
@@ -203,14 +214,14 @@ def _planned(asking: Tensor, start: Tensor, length: Tensor, before: Tensor, abov
     for part in parts:
         which = torch.tensor(part, device=start.device)
         own = max(sizes[i][1] for i in part)
-        queries, keys = gather(asking[which], length[which], own), gather(start[which], length[which], own)
+        queries, keys = gather(asked[which], length[which], own), gather(start[which], length[which], own)
         if sizes[part[0]][0]:
             keys = torch.cat([gather(before[which], above[which], max(sizes[i][0] for i in part)), keys], 1)
         bunches.append(Bunch(queries, keys, above[which], length[which]))
         base[which] = done + torch.arange(len(part), device=start.device) * own
         done += queries.numel()
     tokens = sum(n for _, n in sizes)
-    inverse = torch.repeat_interleave(base - asking, length, output_size=tokens) + torch.arange(tokens, device=start.device)
+    inverse = torch.repeat_interleave(base - asked, length, output_size=tokens) + torch.arange(tokens, device=start.device)
     return PackedAttention(tuple(bunches), inverse)
 
 

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from tilt.data.packing import Pack
 from tilt.linear_head import LinearHead
-from tilt.models import compat, straight
-from tilt.models.attention import PackedAttention
+from tilt.models import compat, flex, straight
 from tilt.models.padded import Padded
 
 Head = Callable[[Tensor], Tensor]
@@ -28,7 +27,7 @@ def hidden_states(model: PreTrainedModel, pack: Pack, at: Tensor | None = None) 
     if compat.is_packed(model) and straight.fits(body):
         return straight.hidden(body, pack.tokens, pack.positions, pack.segments, at)
     if compat.is_packed(model):
-        every = compat.run_packed(body, pack.tokens, pack.positions, PackedAttention.of(pack.segments))
+        every = compat.run_packed(body, pack.tokens, pack.positions, flex.plan(pack.segments))
     else:
         batch = Padded.of(pack)
         every = compat.run_padded(body, batch.tokens, batch.mask).flatten(0, 1)[batch.place]

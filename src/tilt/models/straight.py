@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from tilt import linear_head
 from tilt.data.packing import Segments
+from tilt.models import flex
 from tilt.models.anatomy import angles_of, epsilon_of, gain_of, is_common, kinds_of, window_of
-from tilt.models.attention import PackedAttention
+from tilt.models.attention import Attend
 
 
 def fits(body: PreTrainedModel) -> bool:
@@ -32,13 +33,13 @@ def hidden(body: PreTrainedModel, tokens: Tensor, positions: Tensor, segments: S
     """
     parts: Any = body
     x = parts.embed_tokens(tokens)
-    turns, plan = _turns(parts, x, positions), PackedAttention.of(segments)
+    turns, plan = _turns(parts, x, positions), flex.plan(segments)
     last = len(parts.layers) - 1
     for number, block in enumerate(parts.layers[: last if at is not None else None]):
         x = _block(block, number, x, turns, plan)
     if at is None:
         return _norm(parts.norm, x)
-    plan, wanted = PackedAttention.closing(segments)
+    plan, wanted = flex.closing(segments)
     x = _block(parts.layers[last], last, x, turns, plan, wanted)
     place = torch.zeros_like(tokens)
     place[wanted] = torch.arange(len(wanted), device=tokens.device)
@@ -46,7 +47,7 @@ def hidden(body: PreTrainedModel, tokens: Tensor, positions: Tensor, segments: S
 
 
 def _block(
-    block: Any, number: int, x: Tensor, turns: dict[str | None, tuple[Tensor, Tensor]], plan: PackedAttention, wanted: Tensor | None = None
+    block: Any, number: int, x: Tensor, turns: dict[str | None, tuple[Tensor, Tensor]], plan: Attend, wanted: Tensor | None = None
 ) -> Tensor:
     """The block's output for every token, or for those that are wanted, which alone ask; all of them answer."""
     attention, inner, sandwich = block.self_attn, block.mlp, hasattr(block, "pre_feedforward_layernorm")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from tilt.config import dump
 from tilt.data.formats import Dataset, Want, prompt_text, read
@@ -22,7 +23,7 @@ from tilt.data.sources import load as load_rows
 from tilt.data.streams import split
 from tilt.data.tokenizers import train_bpe
 from tilt.errors import DataError, UsageError
-from tilt.models import adapters, loading, saving
+from tilt.models import adapters, flex, loading, saving
 from tilt.models.policy import Policy
 from tilt.recipes.settings import Data, Lora, Run, Scratch
 from tilt.rewards.model import same_tokens
@@ -190,10 +191,20 @@ def recorded(run: Run) -> tuple[Run, list[str]]:
 
 
 def headline(model: str, module: nn.Module, device: torch.device, run: Run) -> str:
-    """Device, precision and size, in one line."""
+    """Device and size, in one line; on a GPU another says how packs are attended to."""
     every = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return f"model      {model}: {every / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained; {device}, {torch.get_num_threads()} threads, seed {run.seed}"
+    line = f"model      {model}: {every / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained; {device}, {torch.get_num_threads()} threads, seed {run.seed}"
+    return line if device.type not in flex.DEVICES else f"{line}\n{_attention(module, device, run)}"
+
+
+def _attention(module: nn.Module, device: torch.device, run: Run) -> str:
+    lm = next(part for part in module.modules() if isinstance(part, PreTrainedModel))
+    if not loading.compat.is_packed(lm):
+        return "attention  the model's own, on padded batches"
+    with precision(run, device)():
+        half = torch.is_autocast_enabled(device.type)
+        return flex.told(lm, device, torch.get_autocast_dtype(device.type) if half else loading.compat.dtype_of(lm))
 
 
 def policy_of(lm: Any, device: torch.device, *, value_head: bool = False) -> Policy:
