@@ -23,13 +23,13 @@ def rounded(columns: int) -> int:
 
 
 class Store:
-    """Keys and values of every layer, each [rows, kv_heads, columns, width]; rows and columns grow in chunks.
+    """Keys and values of every layer, each [rows, kv_heads, columns, width]; rows and columns grow in chunks. `made` counts how often the tensors were made anew.
 
     It starts as zeros, because a masked column still meets probability 0, and 0 · NaN is NaN.
     """
 
     def __init__(self, rows: int, columns: int) -> None:
-        self.rows, self.columns = rows, columns
+        self.rows, self.columns, self.made = rows, columns, 0
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ class Store:
     def resize(self, rows: int, columns: int) -> None:
         """Exactly so many rows and columns; what lies beyond is dropped."""
         both = min(rows, self.rows), min(columns, self.columns)
-        self.rows, self.columns = rows, columns
+        self.rows, self.columns, self.made = rows, columns, self.made + 1
         for number, pair in self.layers.items():
             made = (self._zeros(pair[0]), self._zeros(pair[1]))
             for new, old in zip(made, pair, strict=True):
@@ -90,12 +90,7 @@ class Decode:
         rows, groups = len(group), len(prompt_lengths)
         counts = np.bincount(group, minlength=groups)
         self.rows, self.groups, self.most, self.widest = rows, groups, int(counts.max()), int(prompt_lengths.max())
-        order = np.argsort(group, kind="stable")
-        rank = np.empty(rows, dtype=np.int64)
-        rank[order] = np.arange(rows) - np.repeat(np.cumsum(counts) - counts, counts)
-        place = group * self.most + rank  # where in the table each row stands
-        table = np.zeros(groups * self.most, dtype=np.int64)
-        table[place] = np.arange(rows)
+        table, place = tabled(group, groups, self.most)
         self.straight = len(table) == rows and bool((table == np.arange(rows)).all())
         self.table, self.place = torch.from_numpy(table).to(self.device), torch.from_numpy(place).to(self.device)
         self.prompt_length = prompt_lengths[group]
@@ -270,6 +265,17 @@ class Sight(NamedTuple):
     rows: Tensor | None
     blind: Tensor | None
     own: Tensor | None
+
+
+def tabled(group: Ints, groups: int, most: int) -> tuple[Ints, Ints]:
+    """Rows by group, each group padded with row 0 to `most` [groups · most]; and where in it each row stands [rows]."""
+    counts, rows = np.bincount(group, minlength=groups), np.arange(len(group))
+    order = np.argsort(group, kind="stable")
+    rank = np.empty(len(group), dtype=np.int64)
+    rank[order] = rows - np.repeat(np.cumsum(counts) - counts, counts)
+    table, place = np.zeros(groups * most, dtype=np.int64), group * most + rank
+    table[place] = rows
+    return table, place
 
 
 def cap(scores: Tensor, softcap: float | None) -> Tensor:

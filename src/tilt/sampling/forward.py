@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from tilt.models import compat
 from tilt.models.anatomy import is_common
 from tilt.models.attention import Attend
+from tilt.sampling import graphs
 from tilt.sampling.cache import CHUNK, Decode, Ints, Store, rounded
+from tilt.sampling.graphs import Graphs
 from tilt.sampling.lean import Lean
 from tilt.sampling.prefill import Continue, Prefill
 
@@ -57,7 +59,9 @@ def forward_of(lm: PreTrainedModel, slots: int, places: int | None = None, *, le
     body, device = compat.body_of(lm), compat.device_of(lm)
     if not compat.is_packed(lm):
         return Recomputed(body, device)
-    return Cached(Lean(body) if lean and is_common(body) else Modules(body), device, slots, places)
+    if lean and is_common(body):
+        return Cached(Lean(body), device, slots, places, graphs.recorder(device))
+    return Cached(Modules(body), device, slots, places)
 
 
 class Body(Protocol):
@@ -77,13 +81,21 @@ class Modules:
 
 
 class Cached:
-    """Each prompt read once per group, each answer's token read once: two stores of keys and values, one row of new tokens per forward."""
+    """Each prompt read once per group, each answer's token read once: two stores of keys and values, one row of new tokens per forward.
 
-    def __init__(self, body: Body, device: torch.device, slots: int, places: int | None = None) -> None:
+    With `make` a lean body's decoding steps are recorded, where its stores may have the sizes that takes (no limit of `places`).
+    """
+
+    def __init__(
+        self, body: Body, device: torch.device, slots: int, places: int | None = None, make: Callable[[], graphs.Recording] | None = None
+    ) -> None:
         self.body, self.device, self.places = body, device, places
         self.prompts, self.answers = (Store(min(slots, 32), 1), Store(slots, CHUNK)) if places is None else (Store(0, 0), Store(0, 0))
         self.plan = Decode(self.prompts, self.answers, device)
         self.lengths = np.zeros(0, dtype=np.int64)
+        self.graphs: Graphs | None = None
+        if make is not None and isinstance(body, Lean) and places is None:
+            self.graphs = Graphs(body, self.prompts, self.answers, device, make)
 
     def prefill(self, prompts: Sequence[Ints], first: int) -> Tensor:
         lengths = np.array([len(prompt) for prompt in prompts])
@@ -119,8 +131,34 @@ class Cached:
 
     def arrange(self, group: Ints) -> None:
         self.plan.arrange(group, self.lengths)
+        if self.graphs is not None:
+            self.graphs.arrange(group, self.lengths)
 
     def decode(self, tokens: Ints, answered: Ints) -> Tensor:
+        if self.graphs is None:
+            return self._step(tokens, answered)
+        try:
+            found = self.graphs.decode(tokens, answered)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return self._unrecorded(error, self._step(tokens, answered))
+        self.plan.longest = int(answered.max()) + 1
+        if self.graphs.fresh:
+            plain = self._step(tokens, answered)
+            far = graphs.distance(found, plain)
+            if not far <= graphs.TOLERANCE.get(plain.dtype, 0.1):
+                return self._unrecorded(f"hidden states differ by {far:.1e}", plain)
+            self.graphs.again()
+        return found
+
+    def _unrecorded(self, why: object, plain: Tensor) -> Tensor:
+        """Go on step by step."""
+        self.graphs = None
+        graphs.refuse(self.device, why)
+        return plain
+
+    def _step(self, tokens: Ints, answered: Ints) -> Tensor:
         positions = self.plan.advance(answered)
         return self._run(tokens, positions, int((self.plan.prompt_length + answered).max()) + 1, self.plan)
 
