@@ -3,6 +3,7 @@
     python benchmarks/generate.py --prompts 8 --samples 8 --length 32 --tokens 64 --repeat 5
 
 Both draw at temperature 1 with no stop token, so both do the same number of steps; prompts have equal lengths, so `generate` pads nothing.
+`--lora R` gives every layer an adapter of rank R.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import Qwen3Config
 
 from tilt.data.rollouts import Prompt, Sampling
 from tilt.models import compat
+from tilt.models.adapters import add_lora
 from tilt.sampling.sampler import Sampler
 
 
@@ -33,6 +35,7 @@ def main() -> None:
         ("width", 128),
         ("vocabulary", 512),
         ("threads", 2),
+        ("lora", 0),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
@@ -45,6 +48,8 @@ def main() -> None:
         num_key_value_heads=max(1, o.width // 64), head_dim=32, max_position_embeddings=o.length + o.tokens, tie_word_embeddings=True, eos_token_id=None,
     )  # fmt: skip
     lm = compat.causal_lm_from_config(config).to(o.device, getattr(torch, o.dtype)).eval()
+    if o.lora:
+        add_lora(lm, o.lora, 2.0 * o.lora)
     prompts = torch.randint(0, o.vocabulary, (o.prompts, o.length))
     asked = [Prompt(tuple(row), i) for i, row in enumerate(prompts.tolist())]
     sampler = Sampler(lm, None, Sampling(max_tokens=o.tokens), slots=o.prompts * o.samples)

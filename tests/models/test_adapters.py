@@ -33,7 +33,6 @@ def test_off_is_the_base_exactly(kind, make, batch):
     base = policy(batch).logprobs
     add_lora(lm, 4, 8)
     torch.testing.assert_close(policy(batch).logprobs, base, rtol=0, atol=1e-5, msg="B = 0 at first")
-    base = policy(batch).logprobs  # by the modules, which adapters go through
     move(lm)
     before, moved = trainable(lm), policy(batch).logprobs
     with adapter_off(lm):

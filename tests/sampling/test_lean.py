@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tilt.models import compat
-from tilt.models.adapters import add_lora
 from tilt.models.anatomy import is_common
 from tilt.models.heads import head_function
 from tilt.sampling.cache import Decode, Store
@@ -106,7 +105,7 @@ def test_weights_are_those_of_the_moment() -> None:
 
 
 def test_what_is_not_the_common_decoder_runs_through_its_modules() -> None:
-    """Other architectures, adapters, hooks, replaced forwards, strange layers, settings and dtypes."""
+    """Other architectures, hooks, replaced forwards, strange layers, settings and dtypes."""
 
     def common(lm: PreTrainedModel) -> bool:
         return is_common(compat.body_of(lm))
@@ -114,7 +113,6 @@ def test_what_is_not_the_common_decoder_runs_through_its_modules() -> None:
     strange: list[PreTrainedModel] = [build(kind) for kind in ("gemma2", "phi3", "olmo2")]
     dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
     strange.append(compat.causal_lm_from_config(compat.config_for("llama", **(BASE | dynamic))))
-    strange.append(add_lora(build("qwen3"), 2, 4.0))
     for change in range(7):
         body: Any = compat.body_of(lm := build("qwen3"))
         assert common(lm)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tilt.models.projection import is_adapted, is_projection
+
 BODIES = {"LlamaModel": "Llama", "Qwen2Model": "Qwen2", "Qwen3Model": "Qwen3", "MistralModel": "Mistral", "Gemma3TextModel": "Gemma3"}
 ANGLES = frozenset({"default", "linear", "llama3", "yarn"})  # kinds of rotary angles that depend on the position alone
 PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -20,11 +22,12 @@ SETTINGS = frozenset(
 
 
 def is_common(body: PreTrainedModel) -> bool:
-    """Whether `lean` computes what this body's modules compute. Adapters, quantised or sharded weights, hooks and unknown attributes: no."""
+    """Whether a decoder's weights say all that its modules compute, LoRA of the plain kind included. Quantised or sharded weights, hooks and unknown attributes: no."""
     family = BODIES.get(type(body).__name__)
     if family is None or not type(body).__module__.startswith("transformers.models."):
         return False
-    names = {type(m).__name__ for m in body.modules()} - {type(m).__name__ for m in body.modules() if is_activation(m)}
+    adapted = {id(part) for module in body.modules() if is_adapted(module) for part in module.modules()}
+    names = {type(m).__name__ for m in body.modules() if id(m) not in adapted and not is_activation(m)}
     embedding = "Gemma3TextScaledWordEmbedding" if family == "Gemma3" else "Embedding"
     known = {f"{family}{part}" for part in ("DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")}
     return (
@@ -107,6 +110,7 @@ def _block(block: Any, family: str) -> bool:
         and _parts(attention) == PROJECTIONS | normed
         and _parts(inner) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
         and is_activation(inner.act_fn)
+        and all(is_projection(layer) for holder in (attention, inner) for name, layer in holder.named_children() if name.endswith("_proj"))
         and said <= SETTINGS
         and attention.is_causal is True
         and all(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tilt import linear_head
@@ -14,10 +14,11 @@ from tilt.data.packing import Segments
 from tilt.models import flex
 from tilt.models.anatomy import angles_of, epsilon_of, gain_of, is_common, kinds_of, window_of
 from tilt.models.attention import Attend
+from tilt.models.projection import once, projected
 
 
 def fits(body: PreTrainedModel) -> bool:
-    """Whether `hidden` computes what this body's modules compute: a decoder without adapters or hooks, whole precision, nothing dropped or recomputed."""
+    """Whether `hidden` computes what this body's modules compute: a decoder without hooks, LoRA at most, whole precision, nothing dropped or recomputed."""
     if not linear_head.fused() or torch.is_autocast_enabled(body.device.type) or not is_common(body):
         return False
     parts: Any = body
@@ -57,7 +58,7 @@ def _block(
     asking = read if wanted is None else F.embedding(wanted, read)
     x = x if wanted is None else F.embedding(wanted, x)
     query, key, value = (
-        layer(given).unflatten(1, (-1, attention.head_dim))
+        projected(layer, given).unflatten(1, (-1, attention.head_dim))
         for layer, given in ((attention.q_proj, asking), (attention.k_proj, read), (attention.v_proj, read))
     )
     if hasattr(attention, "q_norm"):
@@ -68,21 +69,15 @@ def _block(
         layer=number, scaling=float(attention.scaling), window=window_of(block), softcap=None, sinks=None,
     ).reshape(len(x), -1)  # fmt: skip
     if sandwich:
-        x = x + _norm(block.post_attention_layernorm, attention.o_proj(seen))
+        x = x + _norm(block.post_attention_layernorm, projected(attention.o_proj, seen))
         found = _gated(inner, _norm(block.pre_feedforward_layernorm, x))
-        return x + _norm(block.post_feedforward_layernorm, inner.down_proj(found))
-    x = _added(attention.o_proj, x, seen)
-    return _added(inner.down_proj, x, _gated(inner, _norm(block.post_attention_layernorm, x)))
-
-
-def _added(layer: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
-    """x + layer(y), the sum inside the product."""
-    found = torch.addmm(x, y, layer.weight.t())
-    return found if layer.bias is None else found + layer.bias
+        return x + _norm(block.post_feedforward_layernorm, projected(inner.down_proj, found))
+    x = projected(attention.o_proj, seen, x)
+    return projected(inner.down_proj, _gated(inner, _norm(block.post_attention_layernorm, x)), x)
 
 
 def _gated(inner: Any, x: Tensor) -> Tensor:
-    gate, up = inner.gate_proj(x), inner.up_proj(x)
+    gate, up = projected(inner.gate_proj, x), projected(inner.up_proj, x)
     if type(inner.act_fn).__name__ in ("SiLU", "SiLUActivation"):
         return _Gate.apply(gate, up)  # type: ignore[no-any-return, no-untyped-call]
     return inner.act_fn(gate) * up  # type: ignore[no-any-return]
@@ -111,7 +106,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        _once()
+        once()
         x, weight, rate = ctx.saved_tensors
         below = slope = None
         if ctx.needs_input_grad[1]:
@@ -133,7 +128,7 @@ class _Turn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        _once()
+        once()
         cos, sin = ctx.saved_tensors
         return (g * sin).roll(g.shape[-1] // 2, -1).addcmul_(g, cos), None, None
 
@@ -148,11 +143,6 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        _once()
+        once()
         a, b = ctx.saved_tensors
         return torch.ops.aten.silu_backward(g * b, a), F.silu(a).mul_(g)
-
-
-def _once() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError("this forward has one derivative: differentiate twice inside linear_head.plain()")

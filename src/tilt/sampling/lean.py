@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tilt.models.anatomy import angles_of, epsilon_of, gain_of, kinds_of, window_of
 from tilt.models.attention import Attend
+from tilt.models.projection import adapters_of, matrix_of, merged, projected
 
-FUSED_BYTES = 2**28  # weights are laid side by side, in a copy, while the copies stay below this; larger products gain nothing from it
+FUSED_BYTES = 2**28
+"""Weights are laid side by side, adapters added, in a copy, while the copies stay below this; of larger ones none is made, and adapters are products of their own."""
 
 Function = Callable[[Tensor], Tensor]
 
@@ -49,22 +51,22 @@ class Layer:
         self.number, self.window, self.scaling = number, window_of(block), float(attention.scaling)
         self.kind = getattr(attention, "layer_type", None) if hasattr(block, "pre_feedforward_layernorm") else None
         self.width = attention.head_dim
-        self.heads, self.kv_heads = (p.out_features // self.width for p in (attention.q_proj, attention.k_proj))
+        self.heads, self.kv_heads = (matrix_of(p).out_features // self.width for p in (attention.q_proj, attention.k_proj))
         self.qkv = product((attention.q_proj, attention.k_proj, attention.v_proj), fuse)
         self.norm_heads = None
         if hasattr(attention, "q_norm"):
             scales = (n.expand(count, -1) for n, count in ((scale(attention.q_norm), self.heads), (scale(attention.k_norm), self.kv_heads)))
             self.norm_heads = Norm(attention.q_norm, torch.cat(list(scales)))
         self.gates = product((inner.gate_proj, inner.up_proj), fuse)
-        self.inner, self.act = inner.gate_proj.out_features, inner.act_fn
+        self.inner, self.act = matrix_of(inner.gate_proj).out_features, inner.act_fn
         self.first = Norm(block.input_layernorm)
         if hasattr(block, "pre_feedforward_layernorm"):
             self.second = Norm(block.pre_feedforward_layernorm)
-            self.out = added(attention.o_proj, Norm(block.post_attention_layernorm))
-            self.down = added(inner.down_proj, Norm(block.post_feedforward_layernorm))
+            self.out = added(attention.o_proj, fuse, Norm(block.post_attention_layernorm))
+            self.down = added(inner.down_proj, fuse, Norm(block.post_feedforward_layernorm))
         else:
             self.second = Norm(block.post_attention_layernorm)
-            self.out, self.down = added(attention.o_proj, None), added(inner.down_proj, None)
+            self.out, self.down = added(attention.o_proj, fuse), added(inner.down_proj, fuse)
 
     def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor], plan: Attend) -> Tensor:
         """The block's output in place of its input x [T, D]; `turn` holds cosines and signed sines, [T, 1, width] each."""
@@ -123,19 +125,23 @@ def scale(module: Any) -> Tensor:
     return gain_of(module, weight if weight.dtype == torch.float64 else weight.float())
 
 
-def product(layers: Sequence[nn.Linear], fuse: bool) -> Function:
-    """x → the layers' outputs side by side, by one product with a copy of their weights, or by the layers themselves."""
+def product(layers: Sequence[Any], fuse: bool) -> Function:
+    """x → the layers' outputs side by side, by one product with a copy of their weights, or by one each."""
     if not fuse:
-        return lambda x: torch.cat([layer(x) for layer in layers], -1)
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    biases = [weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
-    bias = None if all(layer.bias is None for layer in layers) else torch.cat(biases)
+        return lambda x: torch.cat([projected(layer, x) for layer in layers], -1)
+    matrices = [matrix_of(layer) for layer in layers]
+    weight = torch.cat([merged(layer) for layer in layers])
+    biases = [weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in matrices]
+    bias = None if all(layer.bias is None for layer in matrices) else torch.cat(biases)
     return lambda x: F.linear(x, weight, bias)
 
 
-def added(layer: nn.Linear, norm: Norm | None) -> Callable[[Tensor, Tensor], Tensor]:
+def added(layer: Any, fuse: bool, norm: Norm | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """(x, y) → x + layer(y), in place of x; with a norm, x + norm(layer(y))."""
+    if adapters_of(layer) and not fuse:
+        return lambda x, y: projected(layer, y, x) if norm is None else x.add_(norm(projected(layer, y)))
+    weight, bias = merged(layer), None if matrix_of(layer).bias is None else matrix_of(layer).bias.detach()
     if norm is not None:
-        return lambda x, y: x.add_(norm(layer(y)))
-    weight, bias = layer.weight.detach().t(), None if layer.bias is None else layer.bias.detach()
-    return lambda x, y: x.addmm_(y, weight) if bias is None else x.addmm_(y, weight).add_(bias)
+        return lambda x, y: x.add_(norm(F.linear(y, weight, bias)))
+    turned = weight.t()
+    return lambda x, y: x.addmm_(y, turned) if bias is None else x.addmm_(y, turned).add_(bias)
