@@ -118,7 +118,7 @@ def learned_sums(folder: Path) -> list[dict[str, str]]:
         model = {"width": 128, "layers": 4, "heads": 4, "context": 32, "tokenizer": str(folder / "tokenizer")}
         settings = {
             "model": model,
-            "data": {"source": str(folder / "train.jsonl"), "eval": str(folder / "held_out.jsonl")},
+            "data": {"source": str(folder / "train.jsonl"), "eval": str(folder / "held_out.jsonl"), "template": "text"},
             "reward": {"exact": {"answer": "answer"}},
         }
         place = folder / "sft"
