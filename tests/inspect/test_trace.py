@@ -237,7 +237,7 @@ def test_a_live_batch_is_what_the_run_trained(tmp_path: Path, capsys: pytest.Cap
     assert torch.allclose(found["Adv"], torch.tensor([x for r in stored for x in r["adv_t"]], dtype=torch.float64), atol=0.02)
     text = shown(capsys, "ppo", "grpo", "--run", str(run.path), "--step", "0", "--group", "1")
     assert f"step 0 of {run.path}" in text and "half precision" in text and "answer 4:" in text and "answer 3:" not in text
-    assert main(["trace", "ppo", "--run", str(run.path), "--step", "9"]) == 3 and "it holds 0, 1" in capsys.readouterr().err
+    assert main(["trace", "ppo", "--run", str(run.path), "--step", "9"]) == 3 and "it holds those of 0, 1" in capsys.readouterr().err
     assert main(["trace", "ppo", "--run", str(run.path), "--group", "9"]) == 2
 
 

@@ -152,14 +152,7 @@ def write(text: str = "weights"):  # type: ignore[no-untyped-def]
     return writer
 
 
-def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 10, 100):
-        checkpoints.save(tmp_path / "c", step, write(str(step)), 2)
-    assert checkpoints.saved(tmp_path / "c") == [10, 100] and sorted(os.listdir(tmp_path / "c")) == ["step_000010", "step_000100"]
-    assert (checkpoints.latest(tmp_path / "c") / "part" / "w").read_text() == "100"
-
-
-def test_all_checkpoints_are_kept_by_default(tmp_path: Path) -> None:
+def test_all_checkpoints_are_kept_and_the_last_is_found(tmp_path: Path) -> None:
     for step in range(5):
         checkpoints.save(tmp_path, step, write())
     assert checkpoints.saved(tmp_path) == [0, 1, 2, 3, 4]
@@ -173,7 +166,7 @@ def test_a_writer_that_fails_leaves_no_checkpoint_and_no_older_one_goes(tmp_path
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoints.save(tmp_path, 2, failing, 1)
+        checkpoints.save(tmp_path, 2, failing)
     assert os.listdir(tmp_path) == ["step_000001"]
 
 
@@ -182,7 +175,7 @@ def test_killed_before_the_rename_there_is_no_checkpoint(tmp_path: Path, monkeyp
     monkeypatch.setattr(Path, "rename", kill)
     monkeypatch.setattr("shutil.rmtree", lambda *a, **k: None)
     with pytest.raises(Killed):
-        checkpoints.save(tmp_path, 2, write(), 1)
+        checkpoints.save(tmp_path, 2, write())
     assert checkpoints.saved(tmp_path) == [1]
 
 

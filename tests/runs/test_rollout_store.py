@@ -153,9 +153,9 @@ def test_kept_sets_come_back_per_sampled_token(tmp_path: Path) -> None:
 def test_the_file_states_its_schema(tmp_path: Path) -> None:
     path = rollout_store.write(tmp_path, 1, table()[0])
     schema = pq.read_schema(path)
-    assert schema.metadata[b"schema_version"] == b"1"
-    kinds = {name: str(schema.field(name).type.value_type) for name in ("ids", "text_offsets", "mask", "sampler_logprobs", "clip")}
-    assert kinds == {"ids": "uint32", "text_offsets": "int32", "mask": "uint8", "sampler_logprobs": "halffloat", "clip": "int8"}
+    assert schema.metadata[b"schema_version"] == b"2"
+    kinds = {name: str(schema.field(name).type.value_type) for name in ("ids", "text_offsets", "mask", "logprobs", "sampler_logprobs", "clip")}
+    assert kinds == {"ids": "uint32", "text_offsets": "int32", "mask": "uint8", "logprobs": "float", "sampler_logprobs": "halffloat", "clip": "int8"}
 
 
 def test_a_later_schema_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ Words = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, show examples and sizes, train nothing")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="nothing on the terminal but errors; the files are complete")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="go on with the run of this name or folder from its last whole checkpoint, or from that of step=N")
+]
+InitFrom = Annotated[str, typer.Option("--init-from", metavar="RUN|FOLDER", help="start from these weights alone")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run that has this name")]
 Help = Annotated[bool, typer.Option("--help", help="this page: every setting with its default")]
 
@@ -51,7 +55,10 @@ def _recipe(command: str, help: str) -> None:
     """Register a recipe as a command that takes any setting."""
 
     @app.command(command, help=help, context_settings=FREE, add_help_option=False)
-    def _run(words: Words = None, dry_run: DryRun = False, quiet: Quiet = False, overwrite: Overwrite = False, help: Help = False) -> None:
+    def _run(
+        words: Words = None, dry_run: DryRun = False, quiet: Quiet = False, overwrite: Overwrite = False, resume: Resume = False,
+        init_from: InitFrom = "", help: Help = False,
+    ) -> None:  # fmt: skip
         from tilt.cli import recipes
 
         if help:
@@ -59,7 +66,7 @@ def _recipe(command: str, help: str) -> None:
 
             show_settings(command)
             return
-        recipes.run(command, words or [], recipes.Switches(dry_run, quiet, overwrite))
+        recipes.run(command, words or [], recipes.Switches(dry_run, quiet, overwrite, resume, init_from))
 
 
 _recipe("quickstart", "offline, minutes on two cores: a verifiable task with GRPO, and SFT → reward model → PPO")
@@ -278,9 +285,8 @@ def _dispatch(words: list[str]) -> int:
     if "--help" in words[1:]:
         show_settings(recipe)
         return 0
-    flags = {word for word in words[1:] if word in ("--dry-run", "--quiet", "--overwrite")}
-    switches = recipes.Switches("--dry-run" in flags, "--quiet" in flags, "--overwrite" in flags)
-    recipes.run(recipe, [word for word in words[1:] if word not in flags], switches, [f"algorithm={algorithm}"])
+    switches, rest = recipes.switches(words[1:])
+    recipes.run(recipe, rest, switches, [f"algorithm={algorithm}"])
     return 0
 
 

@@ -30,6 +30,24 @@ class Switches:
     dry_run: bool = False
     quiet: bool = False
     overwrite: bool = False
+    resume: bool = False
+    init_from: str = ""
+
+
+def switches(words: Sequence[str]) -> tuple[Switches, list[str]]:
+    """The switches among the words of a command, and the other words."""
+    flags = {f"--{name.replace('_', '-')}": name for name in ("dry_run", "quiet", "overwrite", "resume")}
+    found: dict[str, Any] = {}
+    rest: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word in flags:
+            found[flags[word]] = True
+        elif word == "--init-from" or word.startswith("--init-from="):
+            found["init_from"] = word.partition("=")[2] or next(left, "")
+        else:
+            rest.append(word)
+    return Switches(**found), rest
 
 
 def split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -51,22 +69,84 @@ def split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 def run(command: str, words: Sequence[str], switches: Switches, preset: Sequence[str] = ()) -> None:
     """Read, check and run a recipe. `run` as a command takes the recipe from the file; `preset` overrides come before the user's."""
-    files, overrides = split(words)
-    document = gather(files, [*preset, *overrides])
+    files, overrides = split([_recipe_of(word) for word in words])
+    wanted, overrides = _resumed_step(overrides, switches)
+    document = gather(files, [*preset, *overrides, *_initial(switches)])
     name = _recipe(command, document, files)
     _agree(preset, document)
     recipe = _module(name)
     if switches.quiet and "quiet" in recipe.Config.model_fields:
         document.values["quiet"] = True
+    _at_home(document, files, switches)
     config = parse(document.values, recipe.Config, document.origins)
     place = Path(config.root) / config.name if getattr(config, "name", None) else None
-    if place is not None and not switches.overwrite:
+    if switches.resume:
+        if place is None:
+            raise UsageError(
+                "--resume: which run? Give its folder (`tilt run runs/NAME --resume`), or the recipe with the run's name (name=NAME)"
+            )
+        if not switches.dry_run:
+            recipe.run(config, _resuming(place, wanted))
+            return
+    elif place is not None and not switches.overwrite:
         _refuse_existing(place)
     if switches.dry_run:
         print(inert("\n".join(recipe.plan(config)), newline="\n"))
         return
     with _replacing(place) if switches.overwrite and place else nullcontext():
         recipe.run(config)
+
+
+def _recipe_of(word: str) -> str:
+    """The folder of a run stands for its config.yaml."""
+    file = Path(word) / "config.yaml"
+    return str(file) if not word.startswith("-") and "=" not in word and file.is_file() else word
+
+
+def _resumed_step(overrides: Sequence[str], switches: Switches) -> tuple[int | None, list[str]]:
+    """`step=N` beside --resume: the checkpoint to go on from; it is no setting."""
+    if not switches.resume:
+        return None, list(overrides)
+    steps = [word for word in overrides if word.startswith("step=")]
+    rest = [word for word in overrides if word not in steps]
+    if not steps:
+        return None, rest
+    number = steps[-1].removeprefix("step=")
+    if not number.isdigit():
+        raise UsageError(f"--resume {steps[-1]}: a step is a whole number, as in --resume step=120")
+    return int(number), rest
+
+
+def _initial(switches: Switches) -> list[str]:
+    """`--init-from PATH`: the weights of a run's last checkpoint, or of a model's folder, as the model to start from."""
+    if not switches.init_from:
+        return []
+    if switches.resume:
+        raise UsageError("--init-from starts a new run from weights, and --resume goes on with an old one: drop one")
+    from tilt.cli.talk import folder_of
+
+    return [f"model={folder_of(switches.init_from)}"]
+
+
+def _at_home(document: Document, files: Sequence[Path], switches: Switches) -> None:
+    """A run's own config.yaml says where the run lies: its folder's name and place, unless others are given."""
+    if not switches.resume or not files or files[-1].name != "config.yaml" or not (files[-1].parent / "env.json").is_file():
+        return
+    home = files[-1].resolve().parent
+    given = {key for key in ("name", "root") if not document.origins.get((key,), "given").startswith(str(files[-1]))}
+    for key, value in (("name", home.name), ("root", str(home.parent))):
+        if key not in given or key not in document.values:
+            document.values[key] = value
+
+
+def _resuming(place: Path, step: int | None) -> Any:
+    from tilt.recipes.session import Start
+
+    if not place.is_dir():
+        if step is not None:
+            raise UsageError(f"--resume step={step}: there is no run at {place}")
+        print(f"nothing to resume at {place}: the run starts")
+    return Start(resume=True, step=step)
 
 
 def _refuse_existing(path: Path) -> None:

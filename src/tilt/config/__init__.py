@@ -6,7 +6,7 @@ Precedence: defaults < files left to right (mappings are merged, everything else
 from tilt.config.files import Document, override, read_file, read_value
 from tilt.config.names import hint, nearest
 from tilt.config.pieces import build_piece
-from tilt.config.schema import Section, dump, gather, load, parse, recipe_name
+from tilt.config.schema import Section, dump, gather, load, parse, plain, recipe_name
 
 __all__ = [
     "Document",
@@ -19,6 +19,7 @@ __all__ = [
     "nearest",
     "override",
     "parse",
+    "plain",
     "read_file",
     "read_value",
     "recipe_name",

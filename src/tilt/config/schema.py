@@ -270,17 +270,17 @@ def _all_keys(cls: type[Section], above: str = "", depth: int = 0) -> Iterator[s
 
 def dump(config: Section) -> str:
     """The whole configuration as YAML, defaults included; with a line `recipe: NAME` above, `tilt run` on it reruns the run."""
-    return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _plain(value: Any) -> Any:
-    """Mappings, lists, text, numbers, bools and nulls only."""
+def plain(value: Any) -> Any:
+    """A configuration as mappings, lists, text, numbers, bools and nulls only."""
     if isinstance(value, BaseModel):
-        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if value is None or isinstance(value, (bool, int, float, str)):

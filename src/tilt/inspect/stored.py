@@ -18,14 +18,17 @@ HALF = "log-probabilities are stored in half precision: differences of them are 
 
 
 def stored_batch(run: Path, step: int | None) -> tuple[Batch, int]:
-    """The batch of a step (the last stored one by default), and its number. The policy is the one that the last pass of the update saw."""
+    """The batch of a step (by default the last one that has its token channels), and its number. The policy is the one that the last pass of the update saw."""
     folder = run / "rollouts"
     steps = rollout_store.stored(folder)
     if not steps:
         raise DataError(f"{run} holds no rollouts: a run of `tilt rl` stores them in rollouts/, every `rollouts_every` steps")
-    number = steps[-1] if step is None else step
-    if number not in steps:
-        raise DataError(f"{folder} holds no step {number}; it holds {', '.join(map(str, steps))}")
+    full = [number for number in steps if rollout_store.has_channels(rollout_store.path_of(folder, number))]
+    if not full:
+        raise DataError(f"{folder} holds no token channels: set `rollouts_every` above 0")
+    number = full[-1] if step is None else step
+    if number not in full:
+        raise DataError(f"{folder} holds no token channels of step {number}; it holds those of {', '.join(map(str, full))}")
     return batch_of(rollout_store.read(rollout_store.path_of(folder, number))), number
 
 

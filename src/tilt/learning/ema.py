@@ -17,6 +17,10 @@ class Ema:
         self.followed = [p for p in module.parameters() if p.requires_grad]
         self.weights = [p.detach().clone() for p in self.followed]
 
+    def named(self) -> dict[str, torch.Tensor]:
+        """The averages by number."""
+        return {str(i): average for i, average in enumerate(self.weights)}
+
     @torch.no_grad()
     def follow(self) -> None:
         """Once after every optimizer step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,22 +141,22 @@ def adopt(model: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:
 
 
 def write(model: PreTrainedModel, tokenizer: Any, path: Path, weights: dict[str, Tensor] | None) -> None:
-    """A folder that plain from_pretrained opens. Special ids follow the tokenizer; padding is left unset rather than equal to the end token."""
-    implementation = attention_of(model)
+    """A folder that plain from_pretrained opens. Special ids follow the tokenizer; padding is left unset rather than equal to the end token.
+
+    The model itself is only read: with `weights` of their own this may run in a thread while the model is trained.
+    """
+    twin = copy.copy(model)
+    twin.config, twin.generation_config = copy.deepcopy(model.config), copy.deepcopy(getattr(model, "generation_config", None))
+    twin.config._attn_implementation = "eager"
     ends = tokenizer.eos_token_id
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id != ends else None
-    generation = getattr(model, "generation_config", None)
-    for settings in [s for s in (text_config(model), generation) if s is not None]:
+    for settings in [s for s in (text_config(twin), twin.generation_config) if s is not None]:
         settings.bos_token_id = tokenizer.bos_token_id
         if settings.eos_token_id is None:
             settings.eos_token_id = ends
-        if settings is generation or padding is not None:
+        if settings is twin.generation_config or padding is not None:
             settings.pad_token_id = padding
-    use_attention(model, "eager")
-    try:
-        model.save_pretrained(path, state_dict=weights)
-    finally:
-        use_attention(model, implementation)
+    twin.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)
 
 

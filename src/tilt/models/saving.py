@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tilt.errors import UsageError
@@ -20,6 +21,19 @@ def save(model: PreTrainedModel, tokenizer: Any, path: str | Path) -> None:
     """Weights (active adapters merged in), config.json, generation_config.json and tokenizer: opens with plain from_pretrained and gives the same logits."""
     check_tokenizer(model, tokenizer)
     compat.write(model, tokenizer, Path(path), merged_state(model) if has_adapters(model) else None)
+
+
+def snapshot(model: PreTrainedModel, tokenizer: Any) -> Callable[[Path], None]:
+    """The same in two halves: the weights are copied now, and what is returned writes the copy, in a thread if need be; tied weights stay tied."""
+    state = merged_state(model) if has_adapters(model) else model.state_dict()
+    copies = copied(state)
+    return lambda path: compat.write(model, tokenizer, path, dict(copies))
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in CPU memory; names that share one tensor share one copy."""
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    return {name: made.setdefault((t.data_ptr(), t.shape), t.detach().to("cpu", copy=True).contiguous()) for name, t in tensors.items()}
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:

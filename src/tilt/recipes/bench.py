@@ -26,6 +26,7 @@ from tilt.models.work import decode_bytes, pass_flops
 from tilt.objectives import Rewards
 from tilt.recipes import opening, rl
 from tilt.recipes.rl_settings import Config
+from tilt.recipes.session import session
 from tilt.runs import machine
 from tilt.runs.journal import read_metrics
 from tilt.sampling.sampler import Sampler
@@ -134,7 +135,7 @@ def scratch() -> Iterator[Path]:
 
 def bench(config: Config, folder: Path, *, steps: int, prompt: int = 0) -> Found:
     """Take 1 + `steps` steps of the recipe in this folder, the first to warm up, then each half by itself. With `prompt` the prompts are random and so long."""
-    given = {"steps": steps + 1, "root": folder, "name": "bench", "quiet": True, "save": False, "save_every": 0, "rollouts_every": 0}
+    given = {"steps": steps + 1, "root": folder, "name": "bench", "quiet": True, "save": False, "rollouts_every": 0}
     given |= {"critic_warmup": 0, "stop_rise": None, "eval": config.eval.model_copy(update={"prompts": 1, "samples": 1, "every": 0})}
     config = config.model_copy(update=given)
     with ExitStack() as ending:
@@ -152,10 +153,9 @@ def whole(config: Config, opened: rl.Opened) -> tuple[dict[str, float], int, int
     device = opened.parts.learner.device
     loaded = machine.resident(device)
     machine.forget_peak(device)
-    directory, journal = opening.directory(config, "rl", opened.model, config.steps, rl.IMPORTANT)
-    with journal:
-        rl.train(config, opened.parts, directory, journal)
-    rows = [row for row in read_metrics(directory.metrics) if "time/step" in row][1:]
+    with session(config, "rl", opened.model, config.steps, rl.IMPORTANT) as run:
+        rl.train(config, opened.parts, run)
+    rows = [row for row in read_metrics(run.directory.metrics) if "time/step" in row][1:]
     return {name: median(row[f"time/{name}"] for row in rows) for name in ("step", *PHASES)}, loaded, machine.peak(device)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
-from time import perf_counter
 from typing import Annotated, Any
 
 import torch
@@ -17,13 +15,14 @@ from tilt.learning.pairs import Anchors, Likelihoods, measured, read_anchors, up
 from tilt.learning.reference import move_reference
 from tilt.models.adapters import plain_copy
 from tilt.models.policy import Policy
-from tilt.models.saving import save
 from tilt.objectives import Preference
 from tilt.optim.optimizers import Optimizer
-from tilt.recipes import judging, opening, planning
-from tilt.recipes.finishing import Result, keeping, saved
+from tilt.recipes import judging, opening, planning, state
+from tilt.recipes.finishing import Result
+from tilt.recipes.session import NEW, Start, finished, session
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.settings import ReferenceUpdate, Training
+from tilt.recipes.supervised import Held, supervised
 from tilt.recipes.variants import preset_settings
 
 Precision = Callable[[], AbstractContextManager[object]]
@@ -69,8 +68,10 @@ class Config(Training):
         return judging.row_of(self.algorithm, self.objective, reads="likelihood", beta=self.beta, label_smoothing=self.label_smoothing)
 
 
-def run(config: Config) -> Result:
+def run(config: Config, start: Start = NEW) -> Result:
     """Score the reference once (or each batch, where it moves), train, evaluate on held-out examples, and save."""
+    if (done := finished(config, "dpo", start)) is not None:
+        return done
     device = opening.settle(config)
     name, row = config.row()
     rows = opening.rows(config.data, judging.want(row))
@@ -87,41 +88,42 @@ def run(config: Config) -> Result:
     held_anchors = _anchoring(config, row, reference, held, precision)
     numbered = Stream(list(range(len(train))), config.seed)
     optimizer = Optimizer(policy, config.optimizer.settings(), steps)
-    directory, journal = opening.directory(config, "dpo", model, steps, IMPORTANT, label=judging.stem(name))
-    with journal:
-        journal.header(
+    held_row, batch = Held(row), min(config.batch, len(train))
+    moving = reference if config.reference_update.every else None
+
+    def learn(step: int) -> tuple[dict[str, float], int]:
+        numbers = numbered.draw(step, batch)
+        chosen = [train[i] for i in numbers]
+        report, held_row.row = update_pairs(
+            reader, optimizer, held_row.row, chosen, anchors(numbers), micro_tokens=config.micro_tokens, autocast=precision
+        )
+        if moving is not None and (step + 1) % config.reference_update.every == 0:
+            move_reference(moving, policy, config.reference_update.share)
+        return report, judging.tokens_of(chosen)
+
+    def measured_held() -> dict[str, float]:
+        return measure(reader, held_row.row, held, held_anchors(range(len(held))), config.micro_tokens, precision) if held else {}
+
+    with session(config, "dpo", model, steps, IMPORTANT, label=judging.stem(name), start=start) as run:
+        run.state.given["data"] = state.digest(train)
+        run.state.publish(policy.lm, tokenizer)
+        run.state.add(policy=state.weights(policy.lm), optimizer=state.optimizing(optimizer), row=held_row.part)
+        run.state.add(reference=None if moving is None else state.tensors_of(lambda: dict(moving.named_parameters())))
+        run.journal.header(
             [
-                f"run        {directory.path}",
+                f"run        {run.directory.path}",
                 opening.headline(model, policy, device, config),
                 *rows.notes,
                 f"           {render.summary()}",
                 *examples.notes,
                 f"algorithm  {name}: {row!r}",
-                f"steps      {steps} of {min(config.batch, len(train))} {judging.unit(train)}",
+                f"steps      {steps} of {batch} {judging.unit(train)}",
                 *(f"note       {note}" for note in row.notes()),
             ]
         )
-        judging.describe(directory, config.algorithm, name, row)
-        first: dict[str, float] = {}
-        for step in range(steps + 1):
-            due = held and opening.due(step, steps, config.eval_every)
-            found = measure(reader, row, held, held_anchors(range(len(held))), config.micro_tokens, precision) if due else {}
-            first = found if step == 0 else first
-            named = {f"eval/{k}": v for k, v in found.items()}
-            if step == steps:
-                journal.step(step, named)
-                break
-            began, chosen = perf_counter(), numbered.draw(step, min(config.batch, len(train)))
-            batch = [train[i] for i in chosen]
-            with keeping(directory, step):
-                report, row = update_pairs(
-                    reader, optimizer, row, batch, anchors(chosen), micro_tokens=config.micro_tokens, autocast=precision
-                )
-            if config.reference_update.every and (step + 1) % config.reference_update.every == 0:
-                move_reference(reference, policy, config.reference_update.share)
-            journal.step(step, report | {"tokens_per_second": judging.tokens_of(batch) / (perf_counter() - began)} | named)
-        checkpoint = saved(directory, steps, partial(save, policy.lm, tokenizer), config.save)
-    return Result(directory, checkpoint, first, found)
+        judging.describe(run.directory, config.algorithm, name, row)
+        before, after, step = supervised(run, steps, config.eval_every, measured_held, learn)
+        return run.finish(before, after, at=step)
 
 
 def _reference(config: Config, policy: Policy, tokenizer: Any, device: torch.device) -> Policy:

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tilt.errors import NumericError
 from tilt.learning.ema import Ema
 from tilt.learning.learner import NonFinite
-from tilt.models import compat
 from tilt.models.policy import Critic, Policy
-from tilt.models.saving import save
-from tilt.runs import checkpoints
+from tilt.models.saving import copied, snapshot
 from tilt.runs.directory import RunDirectory
 from tilt.runs.files import atomic_write
+
+HEAD = "value_head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -35,29 +35,26 @@ class Result:
     answers: tuple[tuple[str, str, str], ...] = ()
 
 
-def saved(directory: RunDirectory, step: int, write: Callable[[Path], None], wanted: bool) -> Path:
-    """The checkpoint of the last step, written unless it is there already, or the run's directory where none is wanted."""
-    if wanted and step in checkpoints.saved(directory.checkpoints):
-        return checkpoints.latest(directory.checkpoints)
-    return checkpoints.save(directory.checkpoints, step, write) if wanted else directory.path
-
-
-def write_policy(policy: Policy, tokenizer: Any, critic: Critic | None, ema: Ema | None, place: Path) -> None:
-    """The policy as an ordinary folder; beside it what its critic knows: `value_head.safetensors` of a shared body, or `critic/` (a body with its head);
-    and the average of its weights as a folder like its own, `ema/`."""
-    save(policy.lm, tokenizer, place)
+def beside(policy: Policy, tokenizer: Any, critic: Critic | None, ema: Ema | None) -> Callable[[Path], None]:
+    """What lies beside the policy in its folder, copied now and written later: `value_head.safetensors` of a shared body, or `critic/` (a body with its
+    head); and the average of the policy's weights as a folder like its own, `ema/`."""
+    writes: list[Callable[[Path], None]] = []
     if ema is not None:
         with ema.applied():
-            save(policy.lm, tokenizer, place / "ema")
+            average = snapshot(policy.lm, tokenizer)
+        writes.append(lambda place: average(place / "ema"))
     if policy.value_head is not None:
-        _write_head(policy.value_head, place)
+        shared = copied(policy.value_head.state_dict())
+        writes.append(lambda place: save_file(shared, place / HEAD))
     if critic is not None:
-        compat.write(critic.body, tokenizer, place / "critic", None)
-        _write_head(critic.head, place / "critic")
+        body, head = snapshot(critic.body, tokenizer), copied(critic.head.state_dict())
+        writes += [lambda place: body(place / "critic"), lambda place: save_file(head, place / "critic" / HEAD)]
 
+    def write(place: Path) -> None:
+        for each in writes:
+            each(place)
 
-def _write_head(head: nn.Module, place: Path) -> None:
-    save_file({name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}, place / "value_head.safetensors")
+    return write
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from tilt.recipes import opening, planning
 from tilt.recipes.comparers import Judge, Opened, changed, opened
 from tilt.recipes.finishing import Result
 from tilt.recipes.scoring import reader
+from tilt.recipes.session import NEW, Start, finished, session
 from tilt.recipes.settings import Data, Run, Sampling
 from tilt.recipes.trying import sampling_of
 from tilt.rewards.judge import Opinions, compare
@@ -121,27 +122,29 @@ class Answers:
     source: str | None = None
 
 
-def run(config: Config) -> Result:
-    """Sample where a model is named, ask the judge, and write `pairs.jsonl` with `provenance.json` beside it."""
+def run(config: Config, start: Start = NEW) -> Result:
+    """Sample where a model is named, ask the judge, and write `pairs.jsonl` with `provenance.json` beside it; resumed, it begins again."""
+    if (done := finished(config, "labelling", start)) is not None:
+        return done
     with ExitStack() as ending:
         answers, judge = opened_answers(config), opened(config.judge, config)
         ending.callback(judge.close)
         ask(config, judge, answers.few())
-        directory, journal = opening.directory(config, "labelling", judge.name, answers.batches, IMPORTANT, label="label")
-        ending.enter_context(journal)
-        journal.header([f"run        {directory.path}", *answers.notes, f"judge      {judge.name}, {asked_how(config)}"])
+        run = ending.enter_context(session(config, "labelling", judge.name, answers.batches, IMPORTANT, label="label", start=start))
+        directory = run.directory
+        run.journal.header([f"run        {directory.path}", *answers.notes, f"judge      {judge.name}, {asked_how(config)}"])
         made: list[Labelled] = []
         said: list[Opinions] = []
         counts: Counter[str] = Counter()
         agreed: list[float] = []
-        for step in range(answers.batches):
+        for step in run.steps(answers.batches):
             drawn = answers.draw(step)
             pairs = placed(config, [pair for pair in drawn if pair.differs], step)
             counts.update({"the same answer twice": len(drawn) - len(pairs)} if len(pairs) < len(drawn) else {})
             opinions = ask(config, judge, pairs)
             found = list(labelled(config, pairs, opinions, judge.name, answers.source, counts))
             same = agreement(pairs, opinions) if answers.source is None else []
-            journal.step(step, {"pairs": len(found)} | opinions.metrics() | ({"agreement": sum(same) / len(same)} if same else {}))
+            run.journal.step(step, {"pairs": len(found)} | opinions.metrics() | ({"agreement": sum(same) / len(same)} if same else {}))
             made, said, agreed = made + found, [*said, opinions], agreed + same
         if not made:
             raise DataError(
@@ -154,8 +157,8 @@ def run(config: Config) -> Result:
             "hard": config.hard, "seed": config.seed, **answers.record, "pairs": len(made), "counts": dict(counts), **whole,
         }  # fmt: skip
         atomic_write(directory / "provenance.json", json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
-        journal.note(f"pairs      {len(made)} labelled: {directory / 'pairs.jsonl'}")
-    return Result(directory, directory.path, {}, {"pairs": float(len(made)), **whole})
+        run.journal.note(f"pairs      {len(made)} labelled: {directory / 'pairs.jsonl'}")
+        return run.finish({}, {"pairs": float(len(made)), **whole}, at=answers.batches)
 
 
 def placed(config: Config, pairs: list[Pair], step: int) -> list[Pair]:

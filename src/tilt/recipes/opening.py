@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tilt.config import dump
 from tilt.data.formats import Dataset, Want, prompt_text, read
 from tilt.data.rendering import Renderer
 from tilt.data.rendering import renderer as make_renderer
@@ -27,8 +25,6 @@ from tilt.models import adapters, flex, loading, saving
 from tilt.models.policy import Policy
 from tilt.recipes.settings import Data, Lora, Run, Scratch
 from tilt.rewards.model import same_tokens
-from tilt.runs.directory import RunDirectory, auto_name, create
-from tilt.runs.journal import Journal
 from tilt.runs.machine import keep_freed_memory
 
 Row = dict[str, Any]
@@ -158,36 +154,6 @@ def renderer(tokenizer: Any, data: Data, lm: Any, found: Rows) -> Renderer:
         tokenizer, data.template, conversational=found.conversational, max_prompt_tokens=prompt, max_tokens=min(data.max_tokens, context - prompt),
         train_on=data.train_on, over_length=data.over_length,
     )  # fmt: skip
-
-
-def directory(
-    run: Run, recipe: str, model: str, total: int, important: tuple[str, ...], *, label: str = ""
-) -> tuple[RunDirectory, Journal]:
-    """The run's directory and journal; an existing directory is refused. A name that is made up starts with `label`, else with the recipe."""
-    name = run.name or auto_name(label or recipe, model)
-    plain, held = recorded(run)
-    remark = f"# {', '.join(held)}: a Python object in hand; this file alone cannot rerun the run\n" if held else ""
-    place = create(run.root, name, config_yaml=f"{remark}recipe: {recipe}\n" + dump(plain), command=sys.argv)
-    return place, Journal(place, total=total, important=important, log_every=run.log_every, quiet=run.quiet)
-
-
-def recorded(run: Run) -> tuple[Run, list[str]]:
-    """The configuration with names in place of the Python objects among its rewards (`module:name`), and the keys that held some."""
-    held: list[str] = []
-
-    def plain(value: Any, key: str) -> Any:
-        if isinstance(value, Mapping):
-            return {k: plain(v, f"{key}.{k}") for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(v, f"{key}.{i}") for i, v in enumerate(value)]
-        if value is None or isinstance(value, bool | int | float | str | Path):
-            return value
-        held.append(key)
-        kind = value if hasattr(value, "__qualname__") else type(value)
-        return f"{kind.__module__}:{kind.__qualname__}"
-
-    changed = {key: plain(getattr(run, key), key) for key in ("reward", "measure") if hasattr(run, key)}
-    return run.model_copy(update=changed), held
 
 
 def headline(model: str, module: nn.Module, device: torch.device, run: Run) -> str:

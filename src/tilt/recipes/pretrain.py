@@ -13,12 +13,12 @@ from tilt.data.rollouts import Prompt, Rollout
 from tilt.errors import DataError
 from tilt.learning.evaluation import likelihood
 from tilt.learning.learner import Learner, Passes
-from tilt.models.saving import save
 from tilt.objectives import ALGORITHMS
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import opening, planning
-from tilt.recipes.finishing import Result, saved
+from tilt.recipes.finishing import Result
 from tilt.recipes.imitation import imitate
+from tilt.recipes.session import NEW, Start, finished, session
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.settings import Training
 
@@ -40,8 +40,10 @@ class Config(Training):
     eval_every: Annotated[int, Field(ge=0, description="steps between evaluations; 0 = before and after only")] = 0
 
 
-def run(config: Config) -> Result:
+def run(config: Config, start: Start = NEW) -> Result:
     """Train on every token, evaluate before and after on held-out texts, and save."""
+    if (done := finished(config, "pretrain", start)) is not None:
+        return done
     device = opening.settle(config)
     rows = opening.rows(config.data, config.read_as)
     lm, tokenizer, name = opening.language_model(config.model, config.tokenizer, lambda: opening.texts(rows.train), config.seed)
@@ -57,11 +59,11 @@ def run(config: Config) -> Result:
         settings=Passes(micro_tokens=config.micro_tokens),
         autocast=opening.precision(config, device),
     )
-    directory, journal = opening.directory(config, "pretrain", name, steps, IMPORTANT)
-    with journal:
-        journal.header(
+    with session(config, "pretrain", name, steps, IMPORTANT, start=start) as run:
+        run.state.publish(policy.lm, tokenizer)
+        run.journal.header(
             [
-                f"run        {directory.path}",
+                f"run        {run.directory.path}",
                 opening.headline(name, policy, device, config),
                 *rows.notes,
                 f"           {len(train)} pieces to train on, {len(held)} held out",
@@ -73,16 +75,14 @@ def run(config: Config) -> Result:
             learner,
             ALGORITHMS["sft"],
             train,
-            directory,
-            journal,
+            run,
             measure,
             steps=steps,
             batch=min(config.batch, len(train)),
             seed=config.seed,
             every=config.eval_every,
         )
-        checkpoint = saved(directory, step, partial(save, policy.lm, tokenizer), config.save)
-    return Result(directory, checkpoint, before, after)
+        return run.finish(before, after, at=step)
 
 
 def pieces(render: Renderer, rows: Sequence[dict[str, Any]], read_as: str, length: int) -> list[Rollout]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from time import perf_counter
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -13,12 +12,13 @@ from tilt.data.streams import Stream
 from tilt.learning.steps import measure_steps, update_steps
 from tilt.models.loading import padded_tokenizer, write_separator
 from tilt.models.policy import RewardModel
-from tilt.models.saving import save
 from tilt.optim.optimizers import Optimizer
-from tilt.recipes import opening, planning
-from tilt.recipes.finishing import Result, keeping, saved
+from tilt.recipes import opening, planning, state
+from tilt.recipes.finishing import Result
+from tilt.recipes.session import NEW, Start, finished, session
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.settings import Training
+from tilt.recipes.supervised import supervised
 
 IMPORTANT = ("loss", "accuracy", "eval/first_wrong", "eval/accuracy", "eval/loss", "grad_norm", "lr")
 
@@ -40,8 +40,10 @@ class Config(Training):
         return self
 
 
-def run(config: Config) -> Result:
+def run(config: Config, start: Start = NEW) -> Result:
     """Train on labelled steps, evaluate on held-out answers, and save as a sequence classifier."""
+    if (done := finished(config, "process_reward", start)) is not None:
+        return done
     device = opening.settle(config)
     rows = opening.rows(config.data, "stepwise")
     lm, tokenizer, name = opening.language_model(config.model, config.tokenizer, lambda: opening.texts(rows.train), config.seed)
@@ -61,36 +63,29 @@ def run(config: Config) -> Result:
         Stream(train, config.seed),
         opening.precision(config, device),
     )
-    directory, journal = opening.directory(config, "process_reward", name, steps, IMPORTANT, label="prm")
-    with journal:
-        journal.header(
+
+    def learn(step: int) -> tuple[dict[str, float], int]:
+        answers = stream.draw(step, batch)
+        report = update_steps(model, optimizer, answers, micro_tokens=config.micro_tokens, device=device, autocast=precision)
+        return report, sum(len(a.rollout.prompt.tokens) + len(a.rollout.tokens) for a in answers)
+
+    with session(config, "process_reward", name, steps, IMPORTANT, label="prm", start=start) as run:
+        run.state.given["data"] = state.digest(train)
+        run.state.publish(model.model, words)
+        run.state.add(model=state.weights(model.model), optimizer=state.optimizing(optimizer))
+        run.journal.header(
             [
-                f"run        {directory.path}",
+                f"run        {run.directory.path}",
                 opening.headline(name, model, device, config),
                 *rows.notes,
                 f"           {render.summary()}; steps end at {config.separator!r} and at the end of the answer",
                 f"steps      {steps} of {batch} answers",
             ]
         )
-        first: dict[str, float] = {}
-        for step in range(steps + 1):
-            found = (
-                measure_steps(model, held, config.micro_tokens, device, precision)
-                if held and opening.due(step, steps, config.eval_every)
-                else {}
-            )
-            first = found if step == 0 else first
-            named = {f"eval/{key}": value for key, value in found.items()}
-            if step == steps:
-                journal.step(step, named)
-                break
-            began, answers = perf_counter(), stream.draw(step, batch)
-            with keeping(directory, step):
-                report = update_steps(model, optimizer, answers, micro_tokens=config.micro_tokens, device=device, autocast=precision)
-            tokens = sum(len(a.rollout.prompt.tokens) + len(a.rollout.tokens) for a in answers)
-            journal.step(step, report | {"tokens_per_second": tokens / (perf_counter() - began)} | named)
-        checkpoint = saved(directory, steps, partial(save, model.model, words), config.save)
-    return Result(directory, checkpoint, first, found)
+        before, after, step = supervised(
+            run, steps, config.eval_every, lambda: measure_steps(model, held, config.micro_tokens, device, precision) if held else {}, learn
+        )
+        return run.finish(before, after, at=step)
 
 
 def plan(config: Config) -> list[str]:

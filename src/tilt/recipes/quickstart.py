@@ -17,6 +17,7 @@ from tilt.config import Section
 from tilt.data.tokenizers import characters
 from tilt.recipes import opening, planning, reward_model, rl, sft
 from tilt.recipes.finishing import Result
+from tilt.recipes.session import NEW, Start, session, stage_start
 from tilt.recipes.settings import Run
 from tilt.runs.files import atomic_write
 from tilt.runs.journal import Journal, read_metrics
@@ -59,13 +60,13 @@ class Config(Run):
     parts: Annotated[tuple[str, ...], Field(description="which of addition and manners to run")] = ("addition", "manners")
 
 
-def run(config: Config) -> dict[str, Result]:
-    """Run the parts in one directory and print what changed."""
+def run(config: Config, start: Start = NEW) -> dict[str, Result]:
+    """Run the parts in one directory and print what changed; resumed, with the stages that have finished left as they are."""
     opening.settle(config)
-    directory, journal = opening.directory(config, "quickstart", "tiny", 1, ())
     began = time.perf_counter()
     found: dict[str, Result] = {}
-    with journal:
+    with session(config, "quickstart", "tiny", 1, (), start=start) as run:
+        directory, journal = run.directory, run.journal
         journal.header(
             [
                 "Tilt quickstart: tiny models from random weights, no network. Held-out prompts are seen by no stage.",
@@ -123,7 +124,7 @@ def _stage(config: Config, recipe: Any, name: str, place: Path, **settings: Any)
     """One recipe as a run of its own under the quickstart's directory."""
     shared = {key: getattr(config, key) for key in ("seed", "threads", "device", "dtype", "quiet", "log_every")}
     made: Section = recipe.Config.model_validate(shared | {"name": name, "root": place} | settings)
-    result: Result = recipe.run(made)
+    result: Result = recipe.run(made, stage_start(place / name))
     return result
 
 

@@ -19,6 +19,7 @@ from tilt.recipes import opening, planning
 from tilt.recipes.finishing import Result
 from tilt.recipes.rehearsal import rehearse
 from tilt.recipes.scoring import Scoring, scoring
+from tilt.recipes.session import NEW, Start, finished, recorded, session
 from tilt.recipes.settings import Data, Reward, Run, Sampling
 from tilt.recipes.trying import sampling_of
 from tilt.rewards.process import ProcessReward
@@ -93,8 +94,10 @@ class Labelled:
     sampled_from: str
 
 
-def run(config: Config) -> Result:
-    """Sample, judge, and write `pairs.jsonl` or `steps.jsonl` with `provenance.json` beside it."""
+def run(config: Config, start: Start = NEW) -> Result:
+    """Sample, judge, and write `pairs.jsonl` or `steps.jsonl` with `provenance.json` beside it; resumed, it begins again."""
+    if (done := finished(config, "ranking", start)) is not None:
+        return done
     device = opening.settle(config)
     rows = opening.rows(config.data, "prompt")
     lm, tokenizer, name = opening.language_model(config.model, config.tokenizer, tuple, config.seed)
@@ -107,31 +110,32 @@ def run(config: Config) -> Result:
     sampler = Sampler(lm, tokenizer, sampling, seed=config.seed, slots=config.sampling.slots, dtype=drawn, cache=config.sampling.cache)
     rehearse(judged, sampler, prompts)
     parts = [prompts[i : i + config.prompts] for i in range(0, len(prompts), config.prompts)]
-    directory, journal = opening.directory(config, "ranking", name, len(parts), IMPORTANT, label="rank")
     made: list[Ranked | Labelled] = []
-    with journal:
-        journal.header(
+    with session(config, "ranking", name, len(parts), IMPORTANT, label="rank", start=start) as run:
+        directory = run.directory
+        run.journal.header(
             [f"run        {directory.path}", opening.headline(name, policy, device, config), *rows.notes, f"           {render.summary()}"]
         )
-        for step, part in enumerate(parts):
+        for step in run.steps(len(parts)):
+            part = parts[step]
             rollouts = sampler.sample(part, config.samples, step=step, stream="rank")
             texts, rewards = judged.judge(rollouts)
             found, measures = _made(config, part, rollouts, texts, rewards, judged, f"{config.model}@{mark[:12]}")
             made += found
-            journal.step(step, measures)
+            run.journal.step(step, measures)
         judged.close()
         if not made:
             raise DataError(NOTHING[config.rows])
         atomic_write(directory / f"{config.rows}.jsonl", "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in made))
-        plain = opening.recorded(config)[0]
+        plain = recorded(config)[0]
         assert isinstance(plain, Config)
         record = {
             "model": config.model, "sha256": mark, "seed": config.seed, "samples": config.samples, "sampling": asdict(sampling),
             "reward": plain.reward, "prompts": len(prompts), NAMES[config.rows]: len(made),
         }  # fmt: skip
         atomic_write(directory / "provenance.json", json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
-        journal.note(f"{NAMES[config.rows]:<10} {len(made)} from {len(prompts)} prompts: {directory / f'{config.rows}.jsonl'}")
-    return Result(directory, directory.path, {}, {NAMES[config.rows]: float(len(made))})
+        run.journal.note(f"{NAMES[config.rows]:<10} {len(made)} from {len(prompts)} prompts: {directory / f'{config.rows}.jsonl'}")
+        return run.finish({}, {NAMES[config.rows]: float(len(made))}, at=len(parts))
 
 
 def _made(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
@@ -33,10 +33,10 @@ class Recorder:
 
     def __init__(self, directory: RunDirectory, journal: Journal, tokenizer: Any, every: int, steps: int) -> None:
         self.directory, self.journal, self.tokenizer = directory, journal, tokenizer
-        self.every, self.steps, self.answers, self.skipped, self.said = every, steps, 0, 0, set[str]()
+        self.every, self.steps, self.answers, self.skipped, self.said = every, steps, 0, 0, list[str]()
 
     def watches(self, step: int) -> bool:
-        """Whether the rollouts of this step are stored, with all their token channels: every `every`-th, and the last."""
+        """Whether the rollouts of this step are stored with all their token channels, and some shown: every `every`-th, and the last."""
         return self.every > 0 and (step % self.every == 0 or step + 1 == self.steps)
 
     def write(
@@ -53,11 +53,13 @@ class Recorder:
         if report.note:
             self.journal.note(f"guards     {report.note}")
         messages = answers.report.messages
-        for part in messages.keys() - self.said:
-            self.said.add(part)
+        for part in sorted(messages.keys() - set(self.said)):
+            self.said.append(part)
             self.journal.note(f"reward     {messages[part]}")
+        if self.every > 0:
+            keep_rollouts(self.directory, step, answers, experience, objective, report, self.tokenizer, shown=self.watches(step))
         if self.watches(step):
-            keep_rollouts(self.directory, self.journal, step, answers, experience, objective, report, self.tokenizer)
+            show_samples(self.journal, step, answers, experience)
         return metrics
 
     def finish(self, taken: int, last: Assessment, more: Mapping[str, float]) -> None:
@@ -120,33 +122,41 @@ def measures(
 
 
 def keep_rollouts(
-    directory: RunDirectory, journal: Journal, step: int, answers: Answers, experience: Experience, objective: Objective, report: Report,
-    tokenizer: Any,
+    directory: RunDirectory, step: int, answers: Answers, experience: Experience, objective: Objective, report: Report, tokenizer: Any, *,
+    shown: bool,
 ) -> None:  # fmt: skip
-    """Store the step's rollouts with their token channels (differences taken before they are stored in half precision), and show four."""
-    layout, signals, rewards = experience.layout, complete(experience.signals, report), answers.rewards
-    advantages = experience.advantages[layout.starts]
-    new = report.channels["new"]
+    """Store the step's rollouts, where they are `shown` with their token channels."""
+    every, advantages = answers.drawn, experience.advantages[experience.layout.starts]
+    sequences: dict[str, Tensor | Sequence[Any]] = {
+        "advantage": lengthened(advantages, len(every.rollouts)),
+        **groups(every.rewards, every.layout),
+        "dropped_reason": dropped(every, report.trained, objective.credit),
+    }
+    channels = token_channels(answers.rewards, experience, objective, report) if shown else {}
+    count = every.layout.actions
+    table = rollout_store.RolloutTable(
+        every.rollouts, every.texts, every.rewards, tokenizer, sequences,
+        {name: lengthened(value, count) for name, value in channels.items() if not value.isnan().all()}, run=directory.name, shown=shown,
+    )  # fmt: skip
+    rollout_store.write(directory.rollouts, step, table)
+
+
+def token_channels(rewards: Rewards, experience: Experience, objective: Objective, report: Report) -> dict[str, Tensor]:
+    """What is known of every action, on the action axis; differences are taken before they are stored in half precision."""
+    layout, signals, new = experience.layout, complete(experience.signals, report), report.channels["new"]
     quiet, known = settled(rewards, replace(signals, reference=signals.reference.nan_to_num()), layout)
-    channels = {
+    return {
         "sampler_logprobs": signals.sampler, "old_logprobs": signals.old, "reference_logprobs": signals.reference, "new_logprobs": new,
         "delta_ref": new - signals.reference, "kl": torch.expm1(signals.reference - new) - (signals.reference - new),
         "adv_t": experience.advantages, "value": signals.values, "return": experience.returns,
         "token_reward": shaped(quiet, known, layout, getattr(objective.credit, "kl", 0.0)),
         **{name: report.channels[name] for name in ("ratio", "clip", "entropy", "push")},
     }  # fmt: skip
-    every = answers.drawn
-    sequences: dict[str, Tensor | Sequence[Any]] = {
-        "advantage": lengthened(advantages, len(every.rollouts)),
-        **groups(every.rewards, every.layout),
-        "dropped_reason": dropped(every, report.trained, objective.credit),
-    }
-    count = every.layout.actions
-    table = rollout_store.RolloutTable(
-        every.rollouts, every.texts, every.rewards, tokenizer, sequences,
-        {name: lengthened(value, count) for name, value in channels.items() if not value.isnan().all()}, run=directory.name,
-    )  # fmt: skip
-    rollout_store.write(directory.rollouts, step, table)
+
+
+def show_samples(journal: Journal, step: int, answers: Answers, experience: Experience) -> None:
+    """Four answers of the step, for people."""
+    rewards, advantages = answers.rewards, experience.advantages[experience.layout.starts]
     journal.samples(
         step,
         [
@@ -181,14 +191,15 @@ def groups(rewards: Rewards, layout: Any) -> dict[str, Tensor]:
 
 
 class Clock:
-    """Seconds of each phase of a step, added up where a phase comes again."""
+    """Seconds of each phase of a step, added up where a phase comes again; `watch` is told of each."""
 
-    def __init__(self) -> None:
-        self.began = perf_counter()
+    def __init__(self, watch: Callable[[str], None] = lambda phase: None) -> None:
+        self.began, self.watch = perf_counter(), watch
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self.watch(phase)
         start = perf_counter()
         yield
         self.seconds[f"time/{phase}"] = self.seconds.get(f"time/{phase}", 0.0) + perf_counter() - start

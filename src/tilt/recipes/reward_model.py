@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from time import perf_counter
 from typing import Annotated, Any
 
 import torch
@@ -15,13 +13,14 @@ from tilt.learning.judged import Judged
 from tilt.learning.pairs import EndScores, Reader, SpanScores, measured, read, update_pairs
 from tilt.models.loading import padded_tokenizer
 from tilt.models.policy import RewardModel
-from tilt.models.saving import save
 from tilt.objectives import Centring, Preference
 from tilt.optim.optimizers import Optimizer
-from tilt.recipes import judging, opening, planning
-from tilt.recipes.finishing import Result, keeping, saved
+from tilt.recipes import judging, opening, planning, state
+from tilt.recipes.finishing import Result
+from tilt.recipes.session import NEW, Start, finished, session
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.settings import Training
+from tilt.recipes.supervised import Held, supervised
 from tilt.recipes.variants import override, preset_settings
 
 IMPORTANT = ("loss", "accuracy", "margin", "eval/accuracy", "eval/loss", "grad_norm", "lr")
@@ -72,8 +71,10 @@ class Config(Training):
         return name, row if self.centring is None else override(row, {"regulariser": Centring(self.centring)}, where="centring")
 
 
-def run(config: Config) -> Result:
+def run(config: Config, start: Start = NEW) -> Result:
     """Train on judged answers, evaluate on held-out ones, and save as a sequence classifier."""
+    if (done := finished(config, "reward_model", start)) is not None:
+        return done
     device = opening.settle(config)
     name, row = config.row()
     rows = opening.rows(config.data, judging.want(row))
@@ -90,40 +91,37 @@ def run(config: Config) -> Result:
     views = (1 - config.span, config.span) if config.span else (1.0,)
     optimizer, stream = Optimizer(model, config.optimizer.settings(), steps), Stream(train, config.seed)
     label = "rm" if config.algorithm == "reward_model" else judging.stem(name)
-    directory, journal = opening.directory(config, "reward_model", base, steps, IMPORTANT, label=label)
-    with journal:
-        journal.header(
+    held_row, batch, autocast = Held(row), min(config.batch, len(train)), opening.precision(config, device)
+
+    def learn(step: int) -> tuple[dict[str, float], int]:
+        chosen = stream.draw(step, batch)
+        report, held_row.row = update_pairs(
+            reader, optimizer, held_row.row, chosen, None, views=views, micro_tokens=config.micro_tokens, autocast=autocast
+        )
+        return report, judging.tokens_of(chosen)
+
+    with session(config, "reward_model", base, steps, IMPORTANT, label=label, start=start) as run:
+        run.state.given["data"] = state.digest(train)
+        run.state.publish(model.model, words)
+        run.state.add(model=state.weights(model.model), optimizer=state.optimizing(optimizer), row=held_row.part)
+        run.journal.header(
             [
-                f"run        {directory.path}",
+                f"run        {run.directory.path}",
                 opening.headline(base, model, device, config),
                 *rows.notes,
                 f"           {render.summary()}",
                 *examples.notes,
                 f"algorithm  {name}: {row!r}",
-                f"steps      {steps} of {min(config.batch, len(train))} {judging.unit(train)}",
+                f"steps      {steps} of {batch} {judging.unit(train)}",
                 *(f"note       {note}" for note in row.notes()),
             ]
         )
-        judging.describe(directory, config.algorithm, name, row)
-        first: dict[str, float] = {}
-        for step in range(steps + 1):
-            found = measure(reader, row, held, config.micro_tokens) if held and opening.due(step, steps, config.eval_every) else {}
-            first = found if step == 0 else first
-            named = {f"eval/{k}": v for k, v in found.items()}
-            if step == steps:
-                journal.step(step, named)
-                break
-            began, batch = perf_counter(), stream.draw(step, min(config.batch, len(train)))
-            with keeping(directory, step):
-                report, row = update_pairs(
-                    reader, optimizer, row, batch, None, views=views, micro_tokens=config.micro_tokens,
-                    autocast=opening.precision(config, device),
-                )  # fmt: skip
-            journal.step(step, report | {"tokens_per_second": judging.tokens_of(batch) / (perf_counter() - began)} | named)
-        if config.normalise:
-            journal.note(normalise(model, train, config.micro_tokens))
-        checkpoint = saved(directory, steps, partial(save, model.model, words), config.save)
-    return Result(directory, checkpoint, first, found)
+        judging.describe(run.directory, config.algorithm, name, row)
+        before, after, step = supervised(
+            run, steps, config.eval_every, lambda: measure(reader, held_row.row, held, config.micro_tokens) if held else {}, learn
+        )
+        scale = (lambda: run.journal.note(normalise(model, train, config.micro_tokens))) if config.normalise else (lambda: None)
+        return run.finish(before, after, at=step, prepare=scale)
 
 
 def measure(reader: Reader, row: Preference, examples: Sequence[Judged], micro_tokens: int) -> dict[str, float]:

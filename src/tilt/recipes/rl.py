@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,21 +28,19 @@ from tilt.models.policy import Policy
 from tilt.objectives import Objective, Signals, TrustRegion, card
 from tilt.optim.optimizers import Optimizer
 from tilt.parity import PRESETS, described, undressed
-from tilt.recipes import opening, planning, roles
+from tilt.recipes import opening, planning, roles, state
 from tilt.recipes.companion import companion
-from tilt.recipes.finishing import Result, keeping, saved, write_policy
+from tilt.recipes.finishing import Result, beside, keeping
 from tilt.recipes.rehearsal import rehearse
 from tilt.recipes.reporting import Clock, Recorder
 from tilt.recipes.rl_settings import Config
 from tilt.recipes.scoring import Scoring, scoring
 from tilt.recipes.selecting import Answers, select
+from tilt.recipes.session import NEW, Session, Start, finished, session
 from tilt.recipes.stopping import Stopping
 from tilt.recipes.trying import Trial, sampling_of
 from tilt.recipes.variants import optimised, origin
-from tilt.runs import checkpoints
-from tilt.runs.directory import RunDirectory
 from tilt.runs.files import atomic_write
-from tilt.runs.journal import Journal
 from tilt.sampling.sampler import Sampler
 
 Divergence = Callable[[Sequence[Rollout]], float]
@@ -72,7 +70,6 @@ class Parts:
     objective: Objective
     trial: Trial
     tokenizer: Any
-    write: Callable[[Path], None]
     moving: roles.Moving | None = None
 
 
@@ -91,15 +88,31 @@ class Opened:
     earned: list[float | None]
 
 
-def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journal) -> tuple[Assessment, Assessment, int]:
+@dataclass
+class Seen:
+    """What is kept of an evaluation: its measures, and (prompt, answer) of each held-out answer."""
+
+    metrics: dict[str, float]
+    texts: list[list[str]]
+
+    @staticmethod
+    def of(found: Assessment) -> Seen:
+        return Seen(found.metrics, [[text.prompt, text.completion] for text in found.texts])
+
+
+def train(config: Config, parts: Parts, run: Session) -> tuple[Seen, Seen, int]:
     """The walk: prompts → rollouts → rewards → signals → experience → update → published weights → record."""
-    sampler, learner, objective, temperature = parts.sampler, parts.learner, parts.objective, config.sampling.temperature
-    recorder = Recorder(directory, journal, parts.tokenizer, config.rollouts_every, config.steps)
+    sampler, learner, held, temperature = parts.sampler, parts.learner, Held(parts.objective), config.sampling.temperature
+    recorder = Recorder(run.directory, run.journal, parts.tokenizer, config.rollouts_every, config.steps)
     stopping, taken = Stopping(config.stop_rise, config.max_kl), 0
-    first = parts.trial()
-    for step in range(config.steps):
-        seen = first if step == 0 else parts.trial() if opening.due(step, config.steps, config.eval.every) else None
-        clock, watch = Clock(), recorder.watches(step)
+    remember(config, parts, run.state, held, recorder, stopping)
+    for step in run.steps(config.steps):
+        objective = held.row
+        run.watch("evaluation")
+        seen = parts.trial() if opening.due(step, config.steps, config.eval.every) else None
+        if step == 0 and seen is not None:
+            run.memory["before"] = asdict(Seen.of(seen))
+        clock, watch = Clock(run.watch), recorder.watches(step)
         if config.mask is not None and step % config.mask.refresh == 0:
             sampler.mask(config.mask.top_p)
         answer = partial(answered, parts, config.samples, step, clock)
@@ -109,25 +122,80 @@ def train(config: Config, parts: Parts, directory: RunDirectory, journal: Journa
         with clock("evaluate"):
             signals = ended(learner.evaluate(batch, wanted(objective, config, learner.settings), temperature=temperature), objective)
         experience = objective.prepare(answers.rewards, signals, batch.layout)
-        with clock("update"), keeping(directory, step):
+        with clock("update"), keeping(run.directory, step):
             report = learner.update(
                 batch, experience, objective, temperature=temperature, step=step, only_critic=step < critic_warmup(config, objective), watch=watch,
                 explain=partial(explain, learner, sampler.lm, answers.rollouts, batch, signals),
             )  # fmt: skip
         with clock("publish"):
             sampler.load(learner.policy)
-        taken, more = step + 1, followed(parts, step + 1, config)
+        more = followed(parts, step + 1, config)
         metrics = recorder.write(step, objective, answers, batch, experience, report, clock, seen, more)
         if step >= critic_warmup(config, objective):
-            objective = objective.following(metrics | {"sequences": len(answers.rollouts)})
+            held.row = objective.following(metrics | {"sequences": len(answers.rollouts)})
         if why := stopping.reason(metrics):
-            journal.note(f"stopped at step {step}: {why}")
+            run.journal.note(f"stopped at step {step}: {why}")
+            run.end(step + 1)
             break
-        if config.save_every and taken % config.save_every == 0 and taken < config.steps:
-            checkpoints.save(directory.checkpoints, taken, parts.write)
+    run.watch("evaluation")
     last = parts.trial()
+    taken = run.memory.get("ended", config.steps)
     recorder.finish(taken, last, averaged(parts))
-    return first, last, taken
+    return Seen(**run.memory["before"]), Seen.of(last), taken
+
+
+@dataclass
+class Held:
+    """The row of the step to come, which a controller may move."""
+
+    row: Objective
+
+
+def remember(config: Config, parts: Parts, kept: state.State, held: Held, recorder: Recorder, stopping: Stopping) -> None:
+    """All that the next step depends on beside the configuration and the step's number, and what must be as it was."""
+    learner, policy, moving = parts.learner, parts.learner.policy, parts.moving
+    kept.given["data"] = state.digest(parts.source.items)
+    kept.add(
+        policy=state.weights(policy.lm),
+        head=None if policy.value_head is None else state.weights(policy.value_head),
+        optimizer=state.optimizing(learner.optimizer),
+        critic=None if learner.critic is None else state.weights(learner.critic),
+        critic_optimizer=state.optimizing(learner.critic_optimizer),
+        ema=None if learner.ema is None else state.tensors_of(learner.ema.named),
+        reference=None if moving is None else state.tensors_of(lambda: dict(moving.reference.named_parameters())),
+        distance=None if moving is None else state.attributes(moving, "distance"),
+        learner=state.attributes(learner, "version"),
+        counts=state.attributes(recorder, "answers", "skipped", "said"),
+        stopping=state.attributes(stopping, "scores", "deviation"),
+        **{
+            f"reward_{part.name}": state.attributes(part.running, "count", "mean", "squares")
+            for part in parts.scoring.score.parts
+            if part.running
+        },
+    )
+    row = held.row
+
+    def again(numbers: Mapping[str, Any], tensors: state.Tensors) -> None:
+        held.row = state.with_scalars(row, numbers)
+
+    kept.add(row=state.Part(lambda: state.scalars(held.row), restore=again))
+    kept.add(sampler=published(parts.sampler, policy, config))
+
+
+def published(sampler: Sampler, policy: Policy, config: Config) -> state.Part:
+    """What the sampler draws from: the policy's weights, published as often as they were, and the mask's copy. It comes after the policy's part."""
+
+    def restore(numbers: Any, tensors: state.Tensors) -> None:
+        sampler.load(policy)
+        sampler.version = int(numbers)
+        if tensors and config.mask is not None:
+            sampler.mask(config.mask.top_p)
+            state.put(masked(), tensors)
+
+    def masked() -> dict[str, torch.Tensor]:
+        return {} if sampler.masking is None else dict(sampler.masking.lm.named_parameters())
+
+    return state.Part(lambda: sampler.version, masked, restore)
 
 
 def answered(parts: Parts, samples: int, step: int, clock: Clock, prompts: Sequence[Prompt]) -> Answers:
@@ -198,21 +266,24 @@ def also_measured(texts: Callable[[], Mapping[str, float]], first: Divergence | 
     return {**texts(), **({} if math.isnan(far) else {"kl_first": far})}
 
 
-def run(config: Config) -> Result:
+def run(config: Config, start: Start = NEW) -> Result:
     """Open everything, walk, save, and check that the frozen models never changed."""
+    if (done := finished(config, "rl", start)) is not None:
+        return done
     with ExitStack() as ending:
         opened = assembled(config, ending)
         label = Path(opened.row.rpartition(":")[0] or opened.row).stem
-        directory, journal = opening.directory(config, "rl", opened.model, config.steps, IMPORTANT, label=label)
-        with journal:
-            journal.header([f"run        {directory.path}", *opened.lines])
-            atomic_write(directory.path / "objective.txt", _described(config, opened.row, opened.parts))
-            before, after, step = train(config, opened.parts, directory, journal)
-            checkpoint = saved(directory, step, opened.parts.write, config.save)
-            for line in opened.frozen.verify():
-                journal.note(line)
-    answers = tuple((b.prompt, b.completion, a.completion) for b, a in zip(before.texts, after.texts, strict=True))
-    return Result(directory, checkpoint, before.metrics, after.metrics, answers)
+        run = ending.enter_context(session(config, "rl", opened.model, config.steps, IMPORTANT, label=label, start=start))
+        parts, learner = opened.parts, opened.parts.learner
+        run.state.given |= opened.frozen.marks
+        run.state.publish(learner.policy.lm, parts.tokenizer, partial(beside, learner.policy, parts.tokenizer, learner.critic, learner.ema))
+        run.journal.header([f"run        {run.directory.path}", *opened.lines])
+        atomic_write(run.directory / "objective.txt", _described(config, opened.row, parts))
+        before, after, taken = train(config, parts, run)
+        for line in opened.frozen.verify():
+            run.journal.note(line)
+        answers = ((prompt, old, new) for (prompt, old), (_, new) in zip(before.texts, after.texts, strict=True))
+        return run.finish(before.metrics, after.metrics, answers, at=taken)
 
 
 def assembled(config: Config, ending: ExitStack) -> Opened:
@@ -259,7 +330,6 @@ def assembled(config: Config, ending: ExitStack) -> Opened:
     if also is not None:
         rehearse(also, sampler, prompts)
     modules |= judged.modules | {f"measuring {role}": module for role, module in (also.modules if also else {}).items()}
-    write = partial(write_policy, policy, tokenizer, learner.critic, learner.ema)
     lines = [
         opening.headline(model, policy, device, config), *rows.notes, f"           {render.summary()}", *texts.notes,
         *([] if held else ["           nothing is held out: evaluations ask training prompts"]),
@@ -267,7 +337,7 @@ def assembled(config: Config, ending: ExitStack) -> Opened:
         f"steps      {config.steps} of {config.prompts} prompts × {config.samples} answers; {learner.settings.steps} optimizer steps each",
         *(f"note       {note}" for note in [*notes(config, policy, objective), *cramped(prompts, lm, config.sampling.max_tokens)]),
     ]  # fmt: skip
-    parts = Parts(Stream(prompts, config.seed), sampler, judged, learner, objective, trial, tokenizer, write, moving)
+    parts = Parts(Stream(prompts, config.seed), sampler, judged, learner, objective, trial, tokenizer, moving)
     return Opened(parts, roles.Frozen.of(modules), name, model, lines, rows, render, earned)
 
 

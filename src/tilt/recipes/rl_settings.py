@@ -87,8 +87,13 @@ class Config(Training):
         ),
     ] = 0.05
     guards: Guards = Guards()
-    save_every: Annotated[int, Field(ge=0, description="steps between checkpoints; 0 = the last only")] = 0
-    rollouts_every: Annotated[int, Field(ge=0, description="steps between stored rollouts; 0 = none")] = 10
+    rollouts_every: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="steps between rollouts stored with every token channel, and shown; those of other steps are stored without; 0 = none at all",
+        ),
+    ] = 10
 
     @model_validator(mode="before")
     @classmethod

@@ -19,6 +19,7 @@ from tilt.recipes.pretrain import Config as Pretrain
 from tilt.recipes.ranking import Config as Rank
 from tilt.recipes.reward_model import Config as RewardModel
 from tilt.recipes.rl import Config as Reinforce
+from tilt.recipes.session import NEW, Start, completed, finished, session, stage_start
 from tilt.recipes.settings import Data, Run, Scratch
 from tilt.recipes.sft import Config as Finetune
 from tilt.runs.files import atomic_write
@@ -92,23 +93,28 @@ class Config(Run):
         return self
 
 
-def run(config: Config) -> Result:
-    """Every stage in `<run>/<stage>/`, each an ordinary run with a config.yaml that reruns it alone, and one report table."""
+def run(config: Config, start: Start = NEW) -> Result:
+    """Every stage in `<run>/<stage>/`, each an ordinary run with a config.yaml that reruns it alone, and one report table.
+
+    Resumed, the stages that have finished stay as they are, and the one that was cut short goes on.
+    """
+    if (done := finished(config, "rlhf", start)) is not None:
+        return done
     opening.settle(config)
     opening.rows(config.data, "preference")
-    directory, journal = opening.directory(config, "rlhf", config.model if isinstance(config.model, str) else config.model.kind, 1, ())
     rows: list[list[str]] = []
     model: str | Scratch = config.model
     began = time.perf_counter()
 
     def stage(
-        name: str, do: Callable[[Any], Result], settings: Section, report: Callable[[Result], list[list[str]]], **more: Any
+        name: str, do: Callable[[Any, Start], Result], settings: Section, report: Callable[[Result], list[list[str]]], **more: Any
     ) -> Result:
         start = time.perf_counter()
         shared = {key: getattr(config, key) for key in SHARED if key not in settings.model_fields_set}
         journal.note(f"── {name} " + "─" * max(0, 70 - len(name)))
         result = do(
-            settings.model_copy(update=shared | {"name": name, "root": directory.path, "tokenizer": words(config, settings)} | more)
+            settings.model_copy(update=shared | {"name": name, "root": directory.path, "tokenizer": words(config, settings)} | more),
+            stage_start(directory.path / name),
         )
         rows.extend([name, *row] for row in [*report(result), ["seconds", "", f"{time.perf_counter() - start:.0f}"]])
         return result
@@ -117,7 +123,9 @@ def run(config: Config) -> Result:
         """What a stage starts from: what its section says, else the model of the stage before (for a reward model, the SFT model)."""
         return model if settings.model == PENDING else settings.model
 
-    with journal:
+    named = config.model if isinstance(config.model, str) else config.model.kind
+    with session(config, "rlhf", named, 1, (), start=start) as run:
+        directory, journal = run.directory, run.journal
         if config.pretrain is not None:
             model = str(stage("pretrain", pretrain.run, config.pretrain, _likelihood, model=start_of(config.pretrain)).checkpoint)
         model = str(stage("sft", sft.run, config.sft, _likelihood, model=start_of(config.sft)).checkpoint)
@@ -139,7 +147,7 @@ def run(config: Config) -> Result:
         text = _report(rows, final)
         atomic_write(directory.path / "report.md", fence(text).encode())
         journal.note(text)
-    return Result(directory, final.checkpoint, final.before, final.after, final.answers)
+        return completed(Result(directory, final.checkpoint, final.before, final.after, final.answers))
 
 
 def words(config: Config, stage: Any) -> str | None:

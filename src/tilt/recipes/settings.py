@@ -270,6 +270,15 @@ class Run(Section):
         Field(description="of the computation; auto = bfloat16 on a GPU, float32 on a CPU; weights of the policy stay float32"),
     ] = "auto"
     quiet: Annotated[bool, Field(description="nothing on the terminal; the files are complete")] = False
+    watchdog: Annotated[
+        float,
+        Field(ge=0.0, description="minutes that one phase of a step may take; then the stacks are written down and the run ends; 0 = any"),
+    ] = 120.0
+
+    @property
+    def saves(self) -> Training | None:
+        """When the run writes checkpoints; None where it writes none."""
+        return None
 
 
 class Training(Run):
@@ -280,4 +289,23 @@ class Training(Run):
     tokenizer: Annotated[str | None, Field(description="tokenizer folder or name, where the model brings none")] = None
     lora: Annotated[Lora | None, Field(description="a mapping (even {}) trains adapters instead of all weights")] = None
     micro_tokens: Annotated[int, Field(ge=16, description="most tokens in one forward pass")] = 16384
-    save: Annotated[bool, Field(description="write the trained model to checkpoints/")] = True
+    save: Annotated[bool, Field(description="write checkpoints, from which the run can be resumed; the last is the trained model")] = True
+    save_every: Annotated[int, Field(ge=0, description="steps between checkpoints; 0 = by save_minutes alone, and at the end")] = 0
+    save_minutes: Annotated[
+        float, Field(ge=0.0, description="minutes after which the next step ends with a checkpoint; 0 = by save_every alone")
+    ] = 10.0
+    keep_last: Annotated[int, Field(ge=0, description="checkpoints that are kept, the last ones; 0 = all")] = 2
+    keep_best: Annotated[
+        str | None, Field(description="beside them the checkpoint at which this metric was highest, such as eval/reward")
+    ] = None
+
+    @property
+    def saves(self) -> Training | None:
+        return self if self.save else None
+
+    @property
+    def saving(self) -> str:
+        """When checkpoints are written and which are kept, in words."""
+        when = [f"every {self.save_every} steps"] * (self.save_every > 0) + [f"every {self.save_minutes:g} min"] * (self.save_minutes > 0)
+        kept = "all are kept" if not self.keep_last else f"the last {self.keep_last} are kept"
+        return f"{', '.join([*when, 'at the end'])}; {kept}" + (f", and the best by {self.keep_best}" if self.keep_best else "")

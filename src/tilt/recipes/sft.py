@@ -11,13 +11,13 @@ from pydantic import Field, model_validator
 
 from tilt.learning.evaluation import likelihood
 from tilt.learning.learner import Learner, Passes
-from tilt.models.saving import save
 from tilt.objectives import Imitate, Objective
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import opening, planning
-from tilt.recipes.finishing import Result, saved
+from tilt.recipes.finishing import Result
 from tilt.recipes.imitation import imitate
 from tilt.recipes.scoring import Scoring, scoring
+from tilt.recipes.session import NEW, Start, finished, session
 from tilt.recipes.settings import Evaluation, Reward, Sampling, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.trying import Trial, sampling_of
@@ -84,8 +84,10 @@ class Config(Training):
         return self
 
 
-def run(config: Config) -> Result:
+def run(config: Config, start: Start = NEW) -> Result:
     """Train, evaluate before, during and after, and save."""
+    if (done := finished(config, "sft", start)) is not None:
+        return done
     device = opening.settle(config)
     rows = opening.rows(config.data, "sft")
     lm, tokenizer, name = opening.language_model(config.model, config.tokenizer, lambda: opening.texts(rows.train), config.seed)
@@ -104,11 +106,11 @@ def run(config: Config) -> Result:
         if judged is not None:
             ending.callback(judged.close)
         measure = _measure(config, learner, tokenizer, render, rows.held_out, judged)
-        directory, journal = opening.directory(config, "sft", name, steps, IMPORTANT)
-        ending.enter_context(journal)
-        journal.header(
+        run = ending.enter_context(session(config, "sft", name, steps, IMPORTANT, start=start))
+        run.state.publish(policy.lm, tokenizer)
+        run.journal.header(
             [
-                f"run        {directory.path}",
+                f"run        {run.directory.path}",
                 opening.headline(name, policy, device, config),
                 *rows.notes,
                 f"           {render.summary()}",
@@ -117,11 +119,10 @@ def run(config: Config) -> Result:
             ]
         )
         before, after, step = imitate(
-            learner, config.row, train, directory, journal, measure, steps=steps, batch=min(config.batch, len(train)), seed=config.seed, every=config.eval.every,
+            learner, config.row, train, run, measure, steps=steps, batch=min(config.batch, len(train)), seed=config.seed, every=config.eval.every,
             stop=lambda found: config.stop_at is not None and found.get("reward", float("-inf")) >= config.stop_at,
         )  # fmt: skip
-        checkpoint = saved(directory, step, partial(save, policy.lm, tokenizer), config.save)
-    return Result(directory, checkpoint, before, after)
+        return run.finish(before, after, at=step)
 
 
 def _measure(

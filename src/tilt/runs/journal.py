@@ -108,6 +108,10 @@ class Journal:
             file.write(_markdown(step, rows))
         self._say(_table(step, rows, self.console.width))
 
+    def sync(self) -> None:
+        """Wait until every step recorded so far is on the disk."""
+        os.fsync(self._metrics.fileno())
+
     def close(self, how: str = FINISHED) -> None:
         """Leave the live panel on the screen, note in the log how the run ended, and close the files; twice does no harm."""
         if self._log.closed:
@@ -188,6 +192,16 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     lines = Path(path).read_bytes().split(b"\n")
     complete = lines[:-1] if lines else []
     return [{name: _number(name, value) for name, value in json.loads(line).items()} for line in complete if line.strip()]
+
+
+def recorded_until(path: Path, step: int) -> int:
+    """The bytes of a metrics.jsonl that tell of steps before `step`: where it is cut for a run to go on from there."""
+    end = 0
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        if line.strip() and int(json.loads(line)["step"]) >= step:
+            break
+        end += len(line) + 1
+    return end
 
 
 def _number(name: str, value: Any) -> Any:

@@ -1,4 +1,8 @@
-"""Rollouts on disk: one parquet file a step, one row a rollout, token channels included; written whole, then renamed."""
+"""Rollouts on disk: one parquet file a step, one row a rollout; written whole, then renamed.
+
+What a step can be done again from is kept without loss: tokens, which of them were sampled, the sampler's log-probabilities, every part of the reward.
+Token channels for display are kept in half precision. Version 1 had rewards in single precision and no `logprobs`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from tilt.rewards.score import earned_by
 from tilt.runs.files import atomic_write
 from tilt.runs.offsets import Spelling, text_offsets
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class RolloutTable:
 
     `texts` are (prompt, completion) pairs. `sequences` has one entry per rollout: `advantage`, `group_mean`, `group_std`, `dropped_reason` and
     whatever else. `actions` has float32 channels [A] over the sampled tokens of all rollouts in order, or of those without a
-    `dropped_reason`; `clip` among them holds −1, 0, 1, 2. `group` numbers the prompts; by default their ids.
+    `dropped_reason`; `clip` among them holds −1, 0, 1, 2. `group` numbers the prompts; by default their ids. With `shown` false the columns that are there
+    for display alone, where each token lies in the text, are left out.
     """
 
     rollouts: Sequence[Rollout]
@@ -41,6 +46,7 @@ class RolloutTable:
     group: Sequence[int] = ()
     run: str = ""
     split: str = "train"
+    shown: bool = True
 
 
 def path_of(directory: Path | str, step: int) -> Path:
@@ -74,17 +80,17 @@ def _identity(step: int, rows: RolloutTable) -> dict[str, pa.Array]:
 
 
 def _outcome(rows: RolloutTable) -> dict[str, pa.Array]:
-    """Rewards in full float32, lengths, and the columns per sequence; a rollout that could not be scored has reward null."""
+    """Rewards in double precision, lengths, and the columns per sequence; a rollout that could not be scored has reward null."""
     rewards, lengths = rows.rewards, [len(r.tokens) for r in rows.rollouts]
     scored = rewards.scored.tolist()
     columns = {
-        "reward": pa.array([float(v) if ok else None for v, ok in zip(earned_by(rows.rollouts, rewards).tolist(), scored, strict=True)], pa.float32()),
+        "reward": pa.array([float(v) if ok else None for v, ok in zip(earned_by(rows.rollouts, rewards).tolist(), scored, strict=True)], pa.float64()),
         "length": pa.array(lengths, pa.int32()),
         "truncated": pa.array([r.stop == "length" for r in rows.rollouts], pa.bool_()),
     }
     if rewards.parts:
         parts = {name: values.tolist() for name, values in rewards.parts.items()}
-        kind = pa.struct([(name, pa.float32()) for name in parts])
+        kind = pa.struct([(name, pa.float64()) for name in parts])
         columns["rewards"] = pa.array([{name: values[i] for name, values in parts.items()} for i in range(len(lengths))], kind)
     for name, values in rows.sequences.items():
         plain = values.detach().tolist() if isinstance(values, Tensor) else list(values)
@@ -96,14 +102,19 @@ def _outcome(rows: RolloutTable) -> dict[str, pa.Array]:
 
 
 def _tokens(rows: RolloutTable) -> dict[str, pa.Array]:
-    spelling = Spelling(rows.tokenizer)
-    offsets = [text_offsets(r.tokens, completion, spelling) for r, (_, completion) in zip(rows.rollouts, rows.texts, strict=True)]
-    return {
+    said = [np.asarray(r.logprobs, np.float64) for r in rows.rollouts]
+    single = all(np.array_equal(v.astype(np.float32), v, equal_nan=True) for v in said)
+    columns = {
         "ids": _lists([np.asarray(r.tokens, np.uint32) for r in rows.rollouts], np.uint32),
-        "text_offsets": _lists([np.asarray(o, np.int32) for o in offsets], np.int32),
         "mask": _lists([np.asarray(r.sampled, np.uint8) for r in rows.rollouts], np.uint8),
+        "logprobs": _lists(said, np.float32 if single else np.float64),
         **_kept(rows.rollouts),
     }
+    if rows.shown:
+        spelling = Spelling(rows.tokenizer)
+        offsets = [text_offsets(r.tokens, completion, spelling) for r, (_, completion) in zip(rows.rollouts, rows.texts, strict=True)]
+        columns["text_offsets"] = _lists([np.asarray(o, np.int32) for o in offsets], np.int32)
+    return columns
 
 
 def _kept(rollouts: Sequence[Rollout]) -> dict[str, pa.Array]:
@@ -181,6 +192,11 @@ def read(path: Path | str) -> list[dict[str, Any]]:
     if found > SCHEMA_VERSION:
         raise DataError(f"{file} has schema version {found}; this tilt reads up to {SCHEMA_VERSION}: upgrade it")
     return [dict(row) for row in table.to_pylist()]
+
+
+def has_channels(path: Path | str) -> bool:
+    """Whether a stored step has its token channels, or only what it can be done again from."""
+    return "old_logprobs" in pq.read_schema(path).names
 
 
 def stored(directory: Path | str) -> list[int]:

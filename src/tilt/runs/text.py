@@ -51,6 +51,17 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def size(count: float) -> str:
+    """Bytes for people: 812 B, 12.3 MiB, 4.0 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            break
+        count /= 1024
+    else:
+        unit = "TiB"
+    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+
+
 def duration(seconds: float) -> str:
     """`42 s`, `3 min 20 s`, `2 h 05 min`, `3 d`."""
     whole = max(0, int(seconds))

@@ -1,0 +1,92 @@
+"""A run that ends anywhere goes on as if it had not: metrics, rollouts and weights are the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tilt.recipes import dpo, reward_model, rl, sft
+from tilt.recipes.session import Start
+from tilt.runs import checkpoints
+from tilt.runs.comparison import differences
+from tilt.runs.journal import Journal
+
+from .conftest import TINY, variety
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`killed(4)`: the next run dies when it is about to record step 4, once."""
+
+    def at(step: int) -> None:
+        plain = Journal.step
+
+        def dying(self: Journal, number: int, *given: Any, **named: Any) -> None:
+            if number == step:
+                monkeypatch.setattr(Journal, "step", plain)
+                raise Killed
+            plain(self, number, *given, **named)
+
+        monkeypatch.setattr(Journal, "step", dying)
+
+    return at
+
+
+def settings(tmp_path: Path, name: str, rows: Path, **more: Any) -> dict[str, Any]:
+    base = {
+        "threads": 1,
+        "quiet": True,
+        "root": tmp_path / "runs",
+        "name": name,
+        "model": TINY,
+        "data": {"source": str(rows), "template": "text"},
+    }
+    return base | {"steps": 6, "save_every": 2} | more
+
+
+RL = {"prompts": 4, "samples": 4, "sampling": {"max_tokens": 6}, "eval": {"prompts": 4, "every": 2}, "rollouts_every": 1, "reward": variety}
+KINDS: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "sft": (sft, "rows", {"batch": 8, "eval": {"every": 2}}),
+    "rm": (reward_model, "pairs", {"batch": 8, "normalise": True, "eval_every": 2}),
+    "dpo": (dpo, "pairs", {"batch": 8, "reference_update": {"every": 2, "share": 0.5}}),
+    "bco": (dpo, "pairs", {"batch": 8, "algorithm": "bco_pair"}),
+    "dpo lora": (dpo, "pairs", {"batch": 8, "lora": {"rank": 2}}),
+    "grpo": (rl, "rows", RL | {"algorithm": "grpo"}),
+    "ppo": (rl, "rows", RL | {"algorithm": "ppo", "passes": 2, "minibatches": 2, "ema": 0.9}),
+    "ppo shared": (rl, "rows", RL | {"algorithm": "ppo", "critic": "shared"}),
+    "ppo lora": (rl, "rows", RL | {"algorithm": "ppo", "lora": {"rank": 2}}),
+    "adaptive": (rl, "rows", RL | {"algorithm": "ppo_kl", "passes": 2}),
+    "moving": (rl, "rows", RL | {"algorithm": "grpo", "reference_update": {"every": 2, "share": 0.5}}),
+    "mask": (rl, "rows", RL | {"algorithm": "nlpo", "mask": {"top_p": 0.9, "refresh": 3}}),
+    "trpo": (rl, "rows", RL | {"algorithm": "trpo"}),
+    "running reward": (rl, "rows", RL | {"algorithm": "grpo", "reward": {"function": variety, "normalise": True}}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_dies_between_two_checkpoints_goes_on_to_the_same_bits(
+    kind: str, tmp_path: Path, rows: Path, pairs: Path, killed: Callable[[int], None]
+) -> None:
+    recipe, data, more = KINDS[kind]
+    source = {"rows": rows, "pairs": pairs}[data]
+
+    def config(name: str) -> Any:
+        return recipe.Config.model_validate(settings(tmp_path, name, source, **more))
+
+    recipe.run(config("whole"))
+    killed(5)
+    with pytest.raises(Killed):
+        recipe.run(config("torn"))
+    assert checkpoints.saved(tmp_path / "runs" / "torn" / "checkpoints") == [2, 4]
+    recipe.run(config("torn"), Start(resume=True))
+    assert differences(tmp_path / "runs" / "whole", tmp_path / "runs" / "torn") == []
+    assert (tmp_path / "runs" / "torn" / "samples.md").exists() == (recipe is rl)
+    if recipe is rl:
+        assert (tmp_path / "runs" / "whole" / "samples.md").read_bytes() == (tmp_path / "runs" / "torn" / "samples.md").read_bytes()
