@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tilt.recipes import dpo, reward_model, rl, sft
+from tilt.recipes.replaying import replay
 from tilt.recipes.session import Start
-from tilt.runs import checkpoints
+from tilt.runs import checkpoints, rollout_store
 from tilt.runs.comparison import differences
 from tilt.runs.journal import Journal
 
@@ -90,3 +95,38 @@ def test_a_run_that_dies_between_two_checkpoints_goes_on_to_the_same_bits(
     assert (tmp_path / "runs" / "torn" / "samples.md").exists() == (recipe is rl)
     if recipe is rl:
         assert (tmp_path / "runs" / "whole" / "samples.md").read_bytes() == (tmp_path / "runs" / "torn" / "samples.md").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "ppo lora", "adaptive", "running reward"])
+def test_a_replay_agrees_on_every_step_and_finds_a_flipped_bit(kind: str, tmp_path: Path, rows: Path, pairs: Path) -> None:
+    recipe, data, more = KINDS[kind]
+    if recipe is rl:
+        (tmp_path / "rewards.py").write_text(
+            "def variety(completions, **columns):\n    return [float(len(set(text))) for text in completions]\n"
+        )
+        again = {
+            "reward": {"function": f"{tmp_path}/rewards.py:variety", "normalise": True}
+            if kind == "running reward"
+            else f"{tmp_path}/rewards.py:variety"
+        }
+        more = more | again
+    config = recipe.Config.model_validate(settings(tmp_path, "run", {"rows": rows, "pairs": pairs}[data], **more))
+    run = recipe.run(config).directory
+    found = replay(run.path)
+    assert found.steps == (0, 1, 2, 3, 4, 5) and found.begun == 0 and found.differences == ()
+    assert replay(run.path, 5, 5).begun == 4 and replay(run.path, 4).differences == ()
+    if recipe is not rl:
+        lines = run.metrics.read_text().splitlines(keepends=True)
+        row = json.loads(lines[3])
+        run.metrics.write_text("".join([*lines[:3], json.dumps(row | {"loss": row["loss"] * (1 + 2**-50)}) + "\n", *lines[4:]]))
+        assert [line.partition(":")[0] for line in replay(run.path).differences] == ["step 3"]
+        return
+    (tmp_path / "rewards.py").unlink()
+    path = rollout_store.path_of(run.rollouts, 3)
+    table = pq.read_table(path)
+    said = np.array(table["logprobs"].combine_chunks().values)
+    said.view(np.uint32)[7] ^= 1
+    column = pa.ListArray.from_arrays(table["logprobs"].combine_chunks().offsets, pa.array(said))
+    pq.write_table(table.set_column(table.column_names.index("logprobs"), "logprobs", column), path)
+    (tmp_path / "rewards.py").write_text("def variety(completions, **columns):\n    return [9.0 for text in completions]\n")
+    assert [line.rpartition(" first")[0] for line in replay(run.path).differences] == ["rollouts, step 3: logprobs differs"]

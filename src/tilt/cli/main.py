@@ -192,6 +192,18 @@ def runs(
 
 
 @app.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="a run's folder; of a pipeline, all its stages")],
+    steps: Annotated[str, typer.Argument(metavar="STEP|FIRST:LAST|all", help="which steps to do again")] = "all",
+    json: Annotated[bool, typer.Option("--json", help="as one JSON list")] = False,
+) -> None:
+    """Do steps of a run again, from the nearest checkpoint before and with the stored rewards: the same bits? Exit code 1 where they are not."""
+    from tilt.cli.replay import show_replay
+
+    raise typer.Exit(show_replay(run, steps, json))
+
+
+@app.command()
 def env() -> None:
     """Versions, devices, memory, threads and caches, fit to be pasted in an issue."""
     from tilt.cli import show

@@ -32,6 +32,7 @@ from tilt.recipes import opening, planning, roles, state
 from tilt.recipes.companion import companion
 from tilt.recipes.finishing import Result, beside, keeping
 from tilt.recipes.rehearsal import rehearse
+from tilt.recipes.replaying import Store
 from tilt.recipes.reporting import Clock, Recorder
 from tilt.recipes.rl_settings import Config
 from tilt.recipes.scoring import Scoring, scoring
@@ -109,7 +110,7 @@ def train(config: Config, parts: Parts, run: Session) -> tuple[Seen, Seen, int]:
     for step in run.steps(config.steps):
         objective = held.row
         run.watch("evaluation")
-        seen = parts.trial() if opening.due(step, config.steps, config.eval.every) else None
+        seen = parts.trial() if opening.due(step, config.steps, config.eval.every) and not run.replays else None
         if step == 0 and seen is not None:
             run.memory["before"] = asdict(Seen.of(seen))
         clock, watch = Clock(run.watch), recorder.watches(step)
@@ -275,6 +276,8 @@ def run(config: Config, start: Start = NEW) -> Result:
         label = Path(opened.row.rpartition(":")[0] or opened.row).stem
         run = ending.enter_context(session(config, "rl", opened.model, config.steps, IMPORTANT, label=label, start=start))
         parts, learner = opened.parts, opened.parts.learner
+        if start.rewards is not None:
+            parts = replace(parts, scoring=Store(start.rewards).scoring(parts.scoring))
         run.state.given |= opened.frozen.marks
         run.state.publish(learner.policy.lm, parts.tokenizer, partial(beside, learner.policy, parts.tokenizer, learner.critic, learner.ema))
         run.journal.header([f"run        {run.directory.path}", *opened.lines])

@@ -34,11 +34,13 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: new; or `resume`d, from its last whole checkpoint or from that of `step`; `until` ends it before that step, as a replay does."""
+    """How a run begins: new; or `resume`d, from its last whole checkpoint or from that of `step`. A replay ends before step `until`, evaluates nothing, and
+    takes `rewards` from the rollouts in that folder."""
 
     resume: bool = False
     step: int | None = None
     until: int | None = None
+    rewards: Path | None = None
 
 
 NEW = Start()
@@ -65,6 +67,11 @@ class Session:
         """Plain values that the loop carries from step to step."""
         return self.state.memory
 
+    @property
+    def replays(self) -> bool:
+        """Whether steps are done again to be compared, not to be kept."""
+        return self.start.until is not None
+
     def steps(self, total: int) -> Iterator[int]:
         """The steps that are left of 0, 1, …, total - 1. Between two of them the run is saved where it is time, and ends where it was asked to."""
         self.at = self._begin()
@@ -77,7 +84,7 @@ class Session:
                 self._interrupted(ASKED.by)
             if self.at < self.total and self._due():
                 self.save()
-        if self.start.until is not None and end < total:
+        if self.replays:
             raise Reached
 
     def end(self, taken: int) -> None:

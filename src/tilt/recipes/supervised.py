@@ -27,7 +27,7 @@ def supervised(
     step, named = steps, measures
     for step in run.steps(steps + 1):
         run.watch("evaluate")
-        measures = measure() if due(step, steps, every) else {}
+        measures = measure() if due(step, steps, every) and not run.replays else {}
         named = {f"eval/{name}": value for name, value in measures.items()}
         if step == 0:
             run.memory["before"] = measures
