@@ -18,7 +18,7 @@ from tilt.models.loading import load, tiny
 from tilt.models.policy import Policy
 from tilt.models.saving import save
 from tilt.objectives import ALGORITHMS, GLOSSARY, Imitate
-from tilt.recipes import opening, rl, roles, stopping
+from tilt.recipes import rl, roles, session, stopping
 from tilt.runs import rollout_store
 from tilt.sampling.sampler import Sampler
 
@@ -305,10 +305,10 @@ def test_a_frozen_model_that_changed_is_found(run_rl, trained, monkeypatch):
     policy, judge = trained
     found = rl.train
 
-    def corrupt(config, parts, directory, journal):
+    def corrupt(config, parts, run):
         with torch.no_grad():
             parts.scoring.models[0][0].score_layer.weight.add_(1.0)
-        return found(config, parts, directory, journal)
+        return found(config, parts, run)
 
     monkeypatch.setattr(rl, "train", corrupt)
     with pytest.raises(NumericError, match="reward model 0 changed"):
@@ -677,7 +677,7 @@ def test_the_end_of_a_multi_stage_pipeline_is_reusable(run_rl, trained):
 
 def test_recorded_values_are_plain():
     config = rl.Config.model_validate({"model": {}, "data": "x", "reward": [{"function": len, "weight": 2}, "exact"], "measure": max})
-    plainly, held = opening.recorded(config)
+    plainly, held = session.recorded(config)
     assert plainly.reward == [{"function": "builtins:len", "weight": 2}, "exact"] and plainly.measure == "builtins:max"
     assert held == ["reward.0.function", "measure"]
 
