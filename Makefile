@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 ENV    := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help quickstart test test-all mutants lint format bench classic-bench clean
+.PHONY: help quickstart test test-all mutants crash lint format bench classic-bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -22,6 +22,9 @@ test-all: lint  ## the same with the slow tests
 
 mutants: $(VENV)/.installed-dev  ## planted faults and mechanical mutants of the mathematics: does a test notice each?
 	$(ENV) $(BIN)/python tests/mutants/run.py --workers $(WORKERS)
+
+crash: $(VENV)/.installed-dev  ## kill runs at random points, resume them, and compare every bit (minutes)
+	$(ENV) $(BIN)/python tests/crash/run.py
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tilt.config import dump, plain
-from tilt.errors import UsageError
+from tilt.errors import TiltError, UsageError
 from tilt.recipes import state as states
 from tilt.recipes.changes import described
 from tilt.recipes.finishing import Result
@@ -158,8 +159,8 @@ class Session:
         try:
             place = checkpoints.save(self.directory.checkpoints, step, put)
         except OSError as error:
-            raise UsageError(
-                f"the checkpoint of step {step} could not be written: {error}\n  what was saved before is whole; mend the disk, then --resume"
+            raise TiltError(
+                f"the checkpoint of step {step} could not be written: {error}\n  what was saved before is whole: mend the disk, then --resume"
             ) from error
         self._forget(step)
         return place
@@ -221,7 +222,7 @@ def session(
         watchdog = Watchdog(60 * config.watchdog, directory.log)
         found = Session(config, directory, journal, total, start, watchdog=watchdog, changed=bool(notes))
         try:
-            with journal, heeded():
+            with writable(directory.path), journal, heeded():
                 for note in notes:
                     journal.note(note)
                 yield found
@@ -231,6 +232,27 @@ def session(
             found.writer.quietly()
     finally:
         lock.release()
+
+
+DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EROFS: "the disk can only be read",
+    errno.EIO: "the disk fails",
+}
+
+
+@contextmanager
+def writable(place: Path) -> Iterator[None]:
+    """A disk that takes nothing more ends the run with a sentence; what was saved before is whole."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        raise TiltError(
+            f"{place} cannot be written: {DISK[error.errno]} ({error})\n  what was saved is whole: mend the disk, then --resume"
+        ) from error
 
 
 def stage_start(place: Path) -> Start:
