@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tilt.recipes import dpo, pretrain, reward_model, rl, sft
+from tilt.recipes.session import NEW, Start
 
 TINY = {"width": 16, "layers": 1, "heads": 2, "context": 32, "vocabulary": 270}
 
@@ -45,12 +46,12 @@ def shared(tmp_path: Path) -> dict[str, Any]:
 def run_rl(rows, shared):
     """`run_rl(algorithm="ppo", steps=3)`: the settings over those of a small run."""
 
-    def run(**settings: Any):
+    def run(start: Start = NEW, **settings: Any):
         given = {
             "algorithm": "grpo", "model": TINY, "data": {"source": str(rows), "template": "text"}, "reward": variety, "steps": 2, "prompts": 4,
             "samples": 4, "sampling": {"max_tokens": 6}, "eval": {"prompts": 4}, "rollouts_every": 1,
         }  # fmt: skip
-        return rl.run(rl.Config.model_validate(shared | given | settings))
+        return rl.run(rl.Config.model_validate(shared | given | settings), start)
 
     return run
 

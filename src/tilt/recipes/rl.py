@@ -134,6 +134,7 @@ def train(config: Config, parts: Parts, run: Session) -> tuple[Seen, Seen, int]:
         metrics = recorder.write(step, objective, answers, batch, experience, report, clock, seen, more)
         if step >= critic_warmup(config, objective):
             held.row = objective.following(metrics | {"sequences": len(answers.rollouts)})
+        run.alert(step, metrics)
         if why := stopping.reason(metrics):
             run.journal.note(f"stopped at step {step}: {why}")
             run.end(step + 1)

@@ -18,9 +18,10 @@ from typing import Any
 from tilt.config import dump, plain
 from tilt.errors import TiltError, UsageError
 from tilt.recipes import state as states
+from tilt.recipes.alerts import Watcher
 from tilt.recipes.changes import described
 from tilt.recipes.finishing import Result
-from tilt.recipes.settings import Run
+from tilt.recipes.settings import Run, Training
 from tilt.runs import checkpoints, rollout_store
 from tilt.runs.directory import RunDirectory, auto_name, create
 from tilt.runs.files import atomic_write
@@ -59,6 +60,7 @@ class Session:
     state: states.State = field(default_factory=states.State)
     writer: checkpoints.Writer = field(default_factory=checkpoints.Writer)
     watchdog: Watchdog | None = None
+    watcher: Watcher | None = None
     at: int = 0
     changed: bool = False
     _saved: float = field(default_factory=time.monotonic)
@@ -92,6 +94,21 @@ class Session:
         """The loop ends after so many steps, before its last; if the run is resumed from there, it ends there again."""
         self.at = self.memory["ended"] = taken
 
+    def alert(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Say what is unhealthy in this step, and end the run with a checkpoint where that is asked for."""
+        if self.watcher is None:
+            return
+        for name, text in self.watcher.see(metrics).items():
+            self.journal.note(f"alert      {name}, step {step}: {text}")
+            if name in self.watcher.limits.stop:
+                self.at = step + 1
+                if self.config.saves is not None:
+                    self.save()
+                    self.writer.wait()
+                raise TiltError(
+                    f"stopped after step {step} by the alert `{name}`: {text}\n  the run can be resumed: --resume, with other settings"
+                )
+
     def watch(self, phase: str) -> None:
         """A phase of this name begins."""
         if self.watchdog is not None:
@@ -100,6 +117,8 @@ class Session:
     def _begin(self) -> int:
         """The first step: 0, or that of the checkpoint, whose state is taken up; what was written after it is cut off."""
         self._room()
+        if self.watcher is not None:
+            self.state.add(alerts=states.attributes(self.watcher, "norms", "begun", "standing"))
         if not self.start.resume:
             return 0
         place = chosen(self.directory, self.start, self.journal.note)
@@ -221,6 +240,8 @@ def session(
         journal = Journal(directory, total=total, important=important, log_every=config.log_every, quiet=config.quiet)
         watchdog = Watchdog(60 * config.watchdog, directory.log)
         found = Session(config, directory, journal, total, start, watchdog=watchdog, changed=bool(notes))
+        if isinstance(config, Training):
+            found.watcher = Watcher(config.alerts)
         try:
             with writable(directory.path), journal, heeded():
                 for note in notes:

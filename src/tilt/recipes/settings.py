@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from tilt.config import Section
 from tilt.errors import UsageError
 from tilt.optim.optimizers import AdamW
+from tilt.recipes.alerts import Alerts
 from tilt.rewards.spec import check_files, parse
 
 Count = Annotated[int, Field(ge=1)]
@@ -295,6 +296,7 @@ class Training(Run):
         float, Field(ge=0.0, description="minutes after which the next step ends with a checkpoint; 0 = by save_every alone")
     ] = 10.0
     keep_last: Annotated[int, Field(ge=0, description="checkpoints that are kept, the last ones; 0 = all")] = 2
+    alerts: Alerts = Alerts()
     keep_best: Annotated[
         str | None, Field(description="beside them the checkpoint at which this metric was highest, such as eval/reward")
     ] = None

@@ -38,6 +38,7 @@ def supervised(
         with keeping(run.directory, step):
             metrics, tokens = learn(step)
         run.journal.step(step, {**metrics, "tokens_per_second": tokens / (perf_counter() - began), **named})
+        run.alert(step, metrics)
     run.journal.step(step, named)
     return run.memory["before"], measures, step
 
