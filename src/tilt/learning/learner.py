@@ -17,6 +17,7 @@ from tilt.errors import NumericError, UsageError
 from tilt.learning.anchoring import Remembered, remember
 from tilt.learning.channels import Channels
 from tilt.learning.ema import Ema
+from tilt.learning.exhaustion import exhausted
 from tilt.learning.guards import STRICT, Explain, Gaps, Guards
 from tilt.learning.meter import Meter
 from tilt.learning.natural import natural_step
@@ -32,17 +33,22 @@ class Passes:
     """How one batch is used: `passes` over it, each in `minibatches` optimizer steps, each in micro-batches of at most `micro_tokens` tokens.
 
     `max_gap` is the largest mean |probability under the learner - under the sampler, or under old| tolerated before a batch's first step.
+    With `halve` an optimizer step for which memory does not suffice is begun again with half the `micro_tokens`, which stay so.
     """
 
     passes: int = 1
     minibatches: int = 1
     micro_tokens: int = 16384
     max_gap: float = 0.05
+    halve: bool = False
 
     @property
     def steps(self) -> int:
         """Optimizer steps on one batch."""
         return self.passes * self.minibatches
+
+
+SMALLEST = 16  # tokens below which micro-batches are not halved
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,10 @@ class Tally:
     meter: Meter
     channels: Channels
     parts: list[list[Any]]
+
+    def copy(self) -> Tally:
+        """One that goes on from here by itself; channels are only ever written anew."""
+        return Tally(self.meter.copy(), self.channels, [list(kept) for kept in self.parts])
 
     def add(
         self, micro: Tensor, said: Outputs, share: Experience, objective: Objective, scale: float, loss: Tensor, weight: float
@@ -192,17 +202,22 @@ class Learner:
             if len(part) == 0:
                 self._pass_over(only_critic)
                 continue
-            gaps = Gaps(objective, self.guards, first=self.version == 0)
-            for micro in batch.split(settings.micro_tokens, part):
-                share = placed(share_of(experience, micro), self.device)
-                anchor = None if other is None else other.of(batch.layout.actions_of(micro), self.device)
-                small = share_of(batch, micro).to(self.device)
-                with autocast():
-                    said = self._forward(small, objective, temperature, anchor)
-                if fresh:
-                    share = replace(share, signals=replace(share.signals, old=said.logprobs.detach()))
-                loss = self._backward(small, said, share, objective, scale, watch)
-                gaps.see(said, share, tally.add(micro, said, share, objective, scale, loss, len(micro) / count))
+
+            def accumulate(tally: Tally, part: Tensor = part, scale: float = scale) -> tuple[Pack, Gaps]:
+                gaps = Gaps(objective, self.guards, first=self.version == 0)
+                for micro in batch.split(self.settings.micro_tokens, part):
+                    share = placed(share_of(experience, micro), self.device)
+                    anchor = None if other is None else other.of(batch.layout.actions_of(micro), self.device)
+                    small = share_of(batch, micro).to(self.device)
+                    with autocast():
+                        said = self._forward(small, objective, temperature, anchor)
+                    if fresh:
+                        share = replace(share, signals=replace(share.signals, old=said.logprobs.detach()))
+                    loss = self._backward(small, said, share, objective, scale, watch)
+                    gaps.see(said, share, tally.add(micro, said, share, objective, scale, loss, len(micro) / count))
+                return small, gaps
+
+            tally, (small, gaps) = self._fitting(accumulate, tally, batch)
             if updates == 0:
                 note = gaps.check(settings.max_gap, tally.channels.values["first"], explain)
                 tally.meter.add(gaps.metrics())
@@ -216,9 +231,24 @@ class Learner:
             updates += 1
         self.version += updates > 0
         found = tally.read(objective) | lr | {"skipped": float(updates == 0), "sequences/trained": float(count)}
+        found |= {"micro_tokens": float(self.settings.micro_tokens)} if settings.halve else {}
         if other is not None and objective.against == "old":
             found |= {"policy/kl_old": self._distance(batch, live, experience, other, temperature)}
         return Report(found, tally.channels.values, live, note)
+
+    def _fitting(self, accumulate: Callable[[Tally], tuple[Pack, Gaps]], tally: Tally, batch: Pack) -> tuple[Tally, tuple[Pack, Gaps]]:
+        """The gradient of an optimizer step, begun again in half the micro-batches where memory does not suffice and that is allowed; the tally with it."""
+        while True:
+            trial = tally.copy()
+            try:
+                return trial, accumulate(trial)
+            except (RuntimeError, MemoryError) as error:
+                if not self.settings.halve or not exhausted(error) or self.settings.micro_tokens <= SMALLEST:
+                    raise
+            for optimizer in (self.optimizer, self.critic_optimizer):
+                if optimizer is not None:
+                    optimizer.clear()
+            self.settings = replace(self.settings, micro_tokens=self.settings.micro_tokens // 2)
 
     def _backward(self, small: Pack, said: Outputs, share: Experience, objective: Objective, scale: float, watch: bool) -> Tensor:
         """Add the gradient of a micro-batch, and keep that of its log-probabilities where they are watched; its part of the loss, detached."""

@@ -14,6 +14,12 @@ class Meter:
     def __init__(self) -> None:
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
 
+    def copy(self) -> Meter:
+        """One that goes on from here by itself."""
+        made = Meter()
+        made._pairs = dict(self._pairs)
+        return made
+
     def add(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add pairs to those of the same name."""
         for name, (value, weight) in pairs.items():

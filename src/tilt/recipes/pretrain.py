@@ -56,7 +56,7 @@ def run(config: Config, start: Start = NEW) -> Result:
     learner = Learner(
         policy,
         Optimizer(policy, config.optimizer.settings(), steps),
-        settings=Passes(micro_tokens=config.micro_tokens),
+        settings=Passes(micro_tokens=config.micro_tokens, halve=config.halve_micro),
         autocast=opening.precision(config, device),
     )
     with session(config, "pretrain", name, steps, IMPORTANT, start=start) as run:

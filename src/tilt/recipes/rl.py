@@ -166,7 +166,7 @@ def remember(config: Config, parts: Parts, kept: state.State, held: Held, record
         ema=None if learner.ema is None else state.tensors_of(learner.ema.named),
         reference=None if moving is None else state.tensors_of(lambda: dict(moving.reference.named_parameters())),
         distance=None if moving is None else state.attributes(moving, "distance"),
-        learner=state.attributes(learner, "version"),
+        learner=progress(learner),
         counts=state.attributes(recorder, "answers", "skipped", "said"),
         stopping=state.attributes(stopping, "scores", "deviation"),
         **{
@@ -182,6 +182,17 @@ def remember(config: Config, parts: Parts, kept: state.State, held: Held, record
 
     kept.add(row=state.Part(lambda: state.scalars(held.row), restore=again))
     kept.add(sampler=published(parts.sampler, policy, config))
+
+
+def progress(learner: Learner) -> state.Part:
+    """How many updates the learner made, and how large its micro-batches still are."""
+
+    def restore(numbers: Any, tensors: state.Tensors) -> None:
+        learner.version = int(numbers["version"])
+        if learner.settings.halve:
+            learner.settings = replace(learner.settings, micro_tokens=min(learner.settings.micro_tokens, int(numbers["micro_tokens"])))
+
+    return state.Part(lambda: {"version": learner.version, "micro_tokens": learner.settings.micro_tokens}, restore=restore)
 
 
 def published(sampler: Sampler, policy: Policy, config: Config) -> state.Part:
@@ -351,7 +362,7 @@ def _learner(
 ) -> Learner:  # fmt: skip
     """The learner, with an optimizer for the policy and one for a critic of its own, each with the schedule of the steps in which it learns."""
     settings = config.optimizer.settings()
-    passes = Passes(config.passes, config.minibatches, config.micro_tokens, config.max_mismatch)
+    passes = Passes(config.passes, config.minibatches, config.micro_tokens, config.max_mismatch, config.halve_micro)
     learning = config.steps - critic_warmup(config, objective)
     dtypes = (compat.dtype_of(policy.lm), opening.drawing_dtype(config, config.sampling.dtype, device))
     half = opening.precision(config, device) is not nullcontext or any(dtype in (torch.float16, torch.bfloat16) for dtype in dtypes)

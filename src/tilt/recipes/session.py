@@ -17,10 +17,12 @@ from typing import Any
 
 from tilt.config import dump, plain
 from tilt.errors import TiltError, UsageError
+from tilt.learning.exhaustion import exhausted
 from tilt.recipes import state as states
 from tilt.recipes.alerts import Watcher
 from tilt.recipes.changes import described
 from tilt.recipes.finishing import Result
+from tilt.recipes.memory import advice
 from tilt.recipes.settings import Run, Training
 from tilt.runs import checkpoints, rollout_store
 from tilt.runs.directory import RunDirectory, auto_name, create
@@ -62,6 +64,7 @@ class Session:
     watchdog: Watchdog | None = None
     watcher: Watcher | None = None
     at: int = 0
+    phase: str = ""
     changed: bool = False
     _saved: float = field(default_factory=time.monotonic)
 
@@ -111,8 +114,9 @@ class Session:
 
     def watch(self, phase: str) -> None:
         """A phase of this name begins."""
+        self.phase = f"`{phase}` of step {self.at}"
         if self.watchdog is not None:
-            self.watchdog.phase(f"`{phase}` of step {self.at}")
+            self.watchdog.phase(self.phase)
 
     def _begin(self) -> int:
         """The first step: 0, or that of the checkpoint, whose state is taken up; what was written after it is cut off."""
@@ -243,7 +247,7 @@ def session(
         if isinstance(config, Training):
             found.watcher = Watcher(config.alerts)
         try:
-            with writable(directory.path), journal, heeded():
+            with writable(directory.path), roomy(found), journal, heeded():
                 for note in notes:
                     journal.note(note)
                 yield found
@@ -274,6 +278,17 @@ def writable(place: Path) -> Iterator[None]:
         raise TiltError(
             f"{place} cannot be written: {DISK[error.errno]} ({error})\n  what was saved is whole: mend the disk, then --resume"
         ) from error
+
+
+@contextmanager
+def roomy(run: Session) -> Iterator[None]:
+    """Where memory runs out, the run ends with its sizes and what to try."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not exhausted(error):
+            raise
+        raise TiltError(advice(run.config, run.phase, error)) from error
 
 
 def stage_start(place: Path) -> Start:

@@ -290,6 +290,12 @@ class Training(Run):
     tokenizer: Annotated[str | None, Field(description="tokenizer folder or name, where the model brings none")] = None
     lora: Annotated[Lora | None, Field(description="a mapping (even {}) trains adapters instead of all weights")] = None
     micro_tokens: Annotated[int, Field(ge=16, description="most tokens in one forward pass")] = 16384
+    halve_micro: Annotated[
+        bool,
+        Field(
+            description="where memory does not suffice for an update, begin it again with half the micro_tokens, and keep to them; metrics say so"
+        ),
+    ] = False
     save: Annotated[bool, Field(description="write checkpoints, from which the run can be resumed; the last is the trained model")] = True
     save_every: Annotated[int, Field(ge=0, description="steps between checkpoints; 0 = by save_minutes alone, and at the end")] = 0
     save_minutes: Annotated[

@@ -98,7 +98,7 @@ def run(config: Config, start: Start = NEW) -> Result:
     learner = Learner(
         policy,
         Optimizer(policy, config.optimizer.settings(), steps),
-        settings=Passes(micro_tokens=config.micro_tokens),
+        settings=Passes(micro_tokens=config.micro_tokens, halve=config.halve_micro),
         autocast=opening.precision(config, device),
     )
     judged = None if config.reward is None else scoring(config.reward, tokenizer, device)
