@@ -177,7 +177,7 @@ class Side:
 def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """One workload: both sides warm up, then take turns."""
     race = shared.RACES.get(name)
-    most = 400 if race is not None else given.repeat * (given.each + 1) + given.warm + 3
+    most = race.steps if race is not None else given.repeat * (given.each + 1) + given.warm + 3
     folder, python = prepared(name, most), installed()
     work = KNOWN[name]
     whole = work.answers if name in shared.WORKLOADS else work.batch if name in shared.LESSONS else work.prompts * work.samples
@@ -224,6 +224,10 @@ def raced(sides: dict[str, Side], opened: dict[str, dict[str, Any]], race: share
     while running:
         for name in list(running):
             found[name].append(sides[name].step())
+            if "step" not in found[name][-1]:
+                raise SystemExit(
+                    f"{name} did not reach {race.target} in {race.steps} steps: its last {race.window} had {heard[name][-race.window :]}"
+                )
             heard[name].append(found[name][-1]["reward"])
             last = heard[name][-race.window :]
             if len(last) == race.window and statistics.mean(last) >= race.target:

@@ -89,7 +89,7 @@ def described(folder: Path, record: dict[str, Any], options: dict[str, Any]) -> 
     if isinstance(work, shared.Race):
         return rl, group | {
             "data": data, "reward": f"{HERE}:right", "prompts": work.prompts, "samples": work.samples, "sampling": {"max_tokens": work.new},
-            "optimizer": optimizer | {"warmup": work.warmup},
+            "optimizer": optimizer | {"warmup": work.warmup, "schedule": "linear"},
         }  # fmt: skip
     force(work.lengths(), work.shape.vocabulary - 2, work.new)
     unguarded = {"guards": {"sampler": 1e9, "probability": 1.0}, "max_mismatch": 1.0}  # a forced end has no log-probability

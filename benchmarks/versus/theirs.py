@@ -78,7 +78,7 @@ def main() -> None:
     if isinstance(work, shared.Lesson):
         trainer = lesson(work, common, model, tokenizer, rows)
     elif isinstance(work, shared.Race):
-        rising = common | {"warmup_steps": work.warmup, "lr_scheduler_type": "constant_with_warmup"}
+        rising = common | {"warmup_steps": work.warmup, "lr_scheduler_type": "linear"}
         trainer = race(work, rising, options, model, tokenizer, rows, times)
     else:
         trainer = grpo(work, common, options, model, tokenizer, rows, times)
