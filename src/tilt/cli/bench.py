@@ -79,5 +79,7 @@ def _tables(found: bench.Found) -> list[object]:
             ["phase", "seconds", "share"], [*phases, ["whole step", f"{found.step:.3f} s", f"{number(found.steps)} steps"]], right=(1, 2)
         ),
         "",
+        f"keeping    {1000 * found.keeping.record:.1f} ms a step for journal and rollouts; a checkpoint stops training for {1000 * found.keeping.copy:.0f} ms "
+        f"and is written in {found.keeping.write:.2f} s meanwhile: {found.keeping.share:.1%} of the time",
         f"memory     {found.peak / 2**20:,.0f} MiB at the peak of a step, {found.loaded / 2**20:,.0f} MiB of it before the first",
     ]

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -25,9 +26,10 @@ from tilt.models import compat, loading, saving
 from tilt.models.work import decode_bytes, pass_flops
 from tilt.objectives import Rewards
 from tilt.recipes import opening, rl
+from tilt.recipes.finishing import beside
 from tilt.recipes.rl_settings import Config
-from tilt.recipes.session import session
-from tilt.runs import machine
+from tilt.recipes.session import Session, session
+from tilt.runs import checkpoints, machine
 from tilt.runs.journal import read_metrics
 from tilt.sampling.sampler import Sampler
 
@@ -66,6 +68,17 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Keeping:
+    """What it costs that a run can be resumed and replayed: seconds a step of journal and stored rollouts (every `rollouts_every`-th with its token
+    channels), seconds in which a checkpoint stops training and in which it is written meanwhile, and the share of all that in the time of the steps."""
+
+    record: float
+    copy: float
+    write: float
+    share: float
+
+
+@dataclass(frozen=True)
 class Found:
     """Medians over `steps` whole steps and the seconds of their phases, the halves by themselves, memory in bytes, and the machine.
 
@@ -80,6 +93,7 @@ class Found:
     prefill: Speed
     decode: Speed
     training: Speed
+    keeping: Keeping
     loaded: int
     peak: int
     machine: machine.Machine
@@ -135,7 +149,7 @@ def scratch() -> Iterator[Path]:
 
 def bench(config: Config, folder: Path, *, steps: int, prompt: int = 0) -> Found:
     """Take 1 + `steps` steps of the recipe in this folder, the first to warm up, then each half by itself. With `prompt` the prompts are random and so long."""
-    given = {"steps": steps + 1, "root": folder, "name": "bench", "quiet": True, "save": False, "rollouts_every": 0}
+    given = {"steps": steps + 1, "root": folder, "name": "bench", "quiet": True, "save": False}
     given |= {"critic_warmup": 0, "stop_rise": None, "eval": config.eval.model_copy(update={"prompts": 1, "samples": 1, "every": 0})}
     config = config.model_copy(update=given)
     with ExitStack() as ending:
@@ -144,22 +158,41 @@ def bench(config: Config, folder: Path, *, steps: int, prompt: int = 0) -> Found
             asked = random_prompts(opened.parts.sampler.lm, prompt, config.prompts + 2, config.seed)
             opened.parts.sampler.sampling = replace(opened.parts.sampler.sampling, stop_ids=(), stop_strings=())
             opened = replace(opened, parts=replace(opened.parts, source=Stream(asked, config.seed)))
-        phases, loaded, peak = whole(config, opened)
-        return halves(config, opened, phases, (loaded, peak))
+        phases, kept, memory = whole(config, opened)
+        return halves(config, opened, phases, kept, memory)
 
 
-def whole(config: Config, opened: rl.Opened) -> tuple[dict[str, float], int, int]:
-    """Steps of the loop: median seconds of the whole (`step`) and of each phase; bytes held before the first step, and at the peak."""
+def whole(config: Config, opened: rl.Opened) -> tuple[dict[str, float], Keeping, tuple[int, int]]:
+    """Steps of the loop: median seconds of the whole (`step`) and of each phase; what keeping them costs; bytes held before the first step, and at the peak."""
     device = opened.parts.learner.device
     loaded = machine.resident(device)
     machine.forget_peak(device)
     with session(config, "rl", opened.model, config.steps, rl.IMPORTANT) as run:
         rl.train(config, opened.parts, run)
+        peak = machine.peak(device)
+        copying, writing = checkpoint(opened.parts, run)
     rows = [row for row in read_metrics(run.directory.metrics) if "time/step" in row][1:]
-    return {name: median(row[f"time/{name}"] for row in rows) for name in ("step", *PHASES)}, loaded, machine.peak(device)
+    phases = {name: median(row[f"time/{name}"] for row in rows) for name in ("step", *PHASES)}
+    every = config.rollouts_every
+    plain, shown = (median(times) if times else 0.0 for times in (run.recording[False][1:] or run.recording[False], run.recording[True]))
+    record = (plain * (every - 1) + shown) / every if every else plain
+    minutes = config.save_minutes or float("inf")
+    share = record / (phases["step"] + record) + (copying + writing) / (60 * minutes)
+    return phases, Keeping(record, copying, writing, share), (loaded, peak)
 
 
-def halves(config: Config, opened: rl.Opened, phases: dict[str, float], memory: tuple[int, int]) -> Found:
+def checkpoint(parts: rl.Parts, run: Session) -> tuple[float, float]:
+    """Seconds to copy the state of a run, in which it stands still, and to write it, which a thread does meanwhile."""
+    learner = parts.learner
+    run.state.publish(learner.policy.lm, parts.tokenizer, partial(beside, learner.policy, parts.tokenizer, learner.critic, learner.ema))
+    began = perf_counter()
+    put = run.taken()
+    copied = perf_counter()
+    checkpoints.save(run.directory.checkpoints, run.at, put)
+    return copied - began, perf_counter() - copied
+
+
+def halves(config: Config, opened: rl.Opened, phases: dict[str, float], kept: Keeping, memory: tuple[int, int]) -> Found:
     """Generation and training by themselves on the prompts of the first step, beside what the machine can do."""
     parts, repeat, new = opened.parts, config.steps - 1, config.sampling.max_tokens
     device, lm, drawn = parts.learner.device, parts.sampler.lm, parts.source.draw(0, config.prompts)
@@ -178,7 +211,7 @@ def halves(config: Config, opened: rl.Opened, phases: dict[str, float], memory: 
         {"model": opened.model, "algorithm": opened.row, "parameters": count, "prompts": size[0], "prompt": size[1], "samples": size[2], "new": new},
         repeat, step, phases | {"rest": step - sum(phases.values())}, Speed(tokens / prefill, prefill, forward / prefill / products),
         Speed(len(rollouts) * (new - 1) / decode, decode, bandwidth / can.bandwidth),
-        Speed(len(pack(rollouts).tokens) / training, training, flops / training / can.flops), *memory, can,
+        Speed(len(pack(rollouts).tokens) / training, training, flops / training / can.flops), kept, *memory, can,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -131,7 +132,9 @@ def train(config: Config, parts: Parts, run: Session) -> tuple[Seen, Seen, int]:
         with clock("publish"):
             sampler.load(learner.policy)
         more = followed(parts, step + 1, config)
+        began = perf_counter()
         metrics = recorder.write(step, objective, answers, batch, experience, report, clock, seen, more)
+        run.recording[watch].append(perf_counter() - began)
         if step >= critic_warmup(config, objective):
             held.row = objective.following(metrics | {"sequences": len(answers.rollouts)})
         run.alert(step, metrics)

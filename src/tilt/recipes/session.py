@@ -52,7 +52,8 @@ NEW = Start()
 
 @dataclass
 class Session:
-    """What a recipe's loop has around it. `state` is filled by the recipe before `steps` begins."""
+    """What a recipe's loop has around it. `state` is filled by the recipe before `steps` begins; `recording` holds the seconds that each step's record took,
+    without (False) and with token channels."""
 
     config: Run
     directory: RunDirectory
@@ -65,6 +66,7 @@ class Session:
     watcher: Watcher | None = None
     at: int = 0
     phase: str = ""
+    recording: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
     changed: bool = False
     _saved: float = field(default_factory=time.monotonic)
 
