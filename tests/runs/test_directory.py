@@ -89,7 +89,7 @@ def test_an_existing_directory_is_refused_with_three_ways_out(tmp_path: Path) ->
     with pytest.raises(UsageError) as caught:
         create(tmp_path, "a", config_yaml="x: 2\n", command="")
     text = str(caught.value)
-    assert "Three ways out" in text and "name=…" in text and "no name at all" in text and "--overwrite" in text
+    assert "Three ways out" in text and "name=…" in text and "or none" in text and "--overwrite" in text
     assert (tmp_path / "a" / "config.yaml").read_text() == "x: 1\n"
 
 

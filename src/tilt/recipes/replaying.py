@@ -58,7 +58,8 @@ def replay(run: Path, first: int = 0, last: int | None = None) -> Replayed:
         if begun:
             scratch.checkpoints.mkdir(parents=True)
             checkpoints.path_of(scratch.checkpoints, begun).symlink_to(checkpoints.path_of(place.checkpoints, begun).resolve())
-            scratch.config.write_bytes(place.config.read_bytes())
+            for file in ("config.yaml", "env.json"):
+                (scratch / file).write_bytes((place / file).read_bytes())
         with contextlib.suppress(Reached):
             module.run(config, Start(resume=begun > 0, step=begun or None, until=wanted[-1] + 1, rewards=place.rollouts))
         return Replayed(place.path, tuple(wanted), begun, tuple(_compared(place, scratch, rows, wanted)))

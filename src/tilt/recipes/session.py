@@ -25,7 +25,7 @@ from tilt.recipes.finishing import Result
 from tilt.recipes.memory import advice
 from tilt.recipes.settings import Run, Training
 from tilt.runs import checkpoints, rollout_store
-from tilt.runs.directory import RunDirectory, auto_name, create
+from tilt.runs.directory import RunDirectory, auto_name, create, taken_up
 from tilt.runs.files import atomic_write
 from tilt.runs.journal import Journal, read_metrics, recorded_until
 from tilt.runs.lock import Lock
@@ -240,9 +240,12 @@ def session(
     config: Run, recipe: str, model: str, total: int, important: tuple[str, ...], *, label: str = "", start: Start = NEW
 ) -> Iterator[Session]:
     """The run's directory, new or taken up, locked, with its journal. A new run's name starts with `label`, else with the recipe."""
-    directory, notes = _placed(config, recipe, model, label, start)
+    directory, resumed = _placed(config, recipe, model, label, start)
     lock = Lock(directory.path)
     try:
+        notes = _changed(directory, config, recipe) if resumed else []
+        if resumed:
+            taken_up(directory, sys.argv)
         journal = Journal(directory, total=total, important=important, log_every=config.log_every, quiet=config.quiet)
         watchdog = Watchdog(60 * config.watchdog, directory.log)
         found = Session(config, directory, journal, total, start, watchdog=watchdog, changed=bool(notes))
@@ -299,15 +302,15 @@ def stage_start(place: Path) -> Start:
     return Start(resume=True) if place.is_dir() else NEW
 
 
-def _placed(config: Run, recipe: str, model: str, label: str, start: Start) -> tuple[RunDirectory, list[str]]:
-    """The directory, and what is to be said of it."""
+def _placed(config: Run, recipe: str, model: str, label: str, start: Start) -> tuple[RunDirectory, bool]:
+    """The directory, and whether it was there."""
     if start.resume and config.name is not None and (path := Path(config.root) / config.name).is_dir():
         place = RunDirectory(path)
         if not place.config.is_file():
             raise UsageError(f"{path} is not the directory of a run: it has no config.yaml")
-        return place, _changed(place, config, recipe)
+        return place, True
     place = create(config.root, config.name or auto_name(label or recipe, model), config_yaml=written(config, recipe), command=sys.argv)
-    return place, []
+    return place, False
 
 
 def _changed(place: RunDirectory, config: Run, recipe: str) -> list[str]:

@@ -21,7 +21,10 @@ from typing import Any
 
 import tilt
 from tilt.errors import UsageError
-from tilt.runs.files import flush, vacant
+from tilt.runs.files import atomic_write, flush, vacant
+
+SCHEMA_VERSION = 1
+"""Of a run's directory as a whole; rollouts and checkpoints have versions of their own."""
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pyarrow", "pydantic")
 
@@ -93,7 +96,8 @@ def create(root: Path | str, name: str, *, config_yaml: str, command: Sequence[s
     making.mkdir(parents=True)
     try:
         (making / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        (making / "env.json").write_text(json.dumps(environment(command=line), indent=2) + "\n", encoding="utf-8")
+        started = {"schema_version": SCHEMA_VERSION} | environment(command=line)
+        (making / "env.json").write_text(json.dumps(started, indent=2) + "\n", encoding="utf-8")
         (making / "log.txt").write_text(f"{line}\n", encoding="utf-8")
         for folder in ("rollouts", "checkpoints"):
             (making / folder).mkdir()
@@ -106,10 +110,24 @@ def create(root: Path | str, name: str, *, config_yaml: str, command: Sequence[s
     return RunDirectory(path)
 
 
+def taken_up(directory: RunDirectory, command: Sequence[str] | str) -> None:
+    """Note in env.json that a process goes on with this run, in which environment; a directory of a later schema is refused."""
+    try:
+        record = dict(json.loads(directory.environment.read_text(encoding="utf-8")))
+        version = int(record.get("schema_version", 0))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{directory.path} is not the directory of a run: its env.json cannot be read ({error})") from None
+    if version > SCHEMA_VERSION:
+        raise UsageError(f"{directory.path} has schema version {version}; this tilt reads up to {SCHEMA_VERSION}: upgrade it")
+    now = environment(command if isinstance(command, str) else " ".join(command))
+    record |= {"process": now["process"], "host": now["host"], "resumed": [*record.get("resumed", []), now]}
+    atomic_write(directory.environment, json.dumps(record, indent=2) + "\n")
+
+
 def refuse_existing(path: Path) -> None:
     """An existing directory is refused, with the three ways out."""
     if path.exists() or path.is_symlink():
-        ways = "another name (name=…)", "no name at all (one is made up)", "--overwrite (the old run is deleted)"
+        ways = "--resume (the old run goes on)", "another name (name=…), or none (one is made up)", "--overwrite (the old run is deleted)"
         raise UsageError(
             f"{path} exists already, and nothing is overwritten. Three ways out:\n"
             + "\n".join(f"  {i}. {way}" for i, way in enumerate(ways, 1))

@@ -13,6 +13,7 @@ from typing import Any
 from tilt.config import read_file
 from tilt.errors import UsageError
 from tilt.runs.journal import FINISHED, read_metrics
+from tilt.runs.lock import held
 
 REWARDS = ("reward", "objective/scores", "eval/reward", "eval/accuracy", "accuracy")
 
@@ -66,7 +67,9 @@ def _environment(path: Path) -> dict[str, Any]:
 
 
 def _status(path: Path, environment: dict[str, Any]) -> str:
-    """From the last line of the log, else from whether the process is alive on this machine."""
+    """From the lock, else from the last line of the log, else from whether the process is alive on this machine."""
+    if held(path):
+        return "running"
     log = (path / "log.txt").read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2] if (path / "log.txt").exists() else ""
     said = log.partition("  ")[2]
     if said == FINISHED:

@@ -39,3 +39,15 @@ class Lock:
     def release(self) -> None:
         """Let others in; twice does no harm."""
         self._file.close()
+
+
+def held(directory: Path) -> bool:
+    """Whether some process holds the lock of a run's directory."""
+    try:
+        with (directory / NAME).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
