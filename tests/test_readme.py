@@ -168,7 +168,12 @@ def test_the_columns_of_rollouts_are_in_step() -> None:
 
     table = DOCS["runs"].partition("## Rollouts")[2].partition("## Looking")[0]
     documented = {name.strip() for row in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE) for name in row.split(",")}
-    source = inspect.getsource(rollout_store) + inspect.getsource(reporting.keep_rollouts) + inspect.getsource(reporting.groups)
+    source = (
+        inspect.getsource(rollout_store)
+        + inspect.getsource(reporting.keep_rollouts)
+        + inspect.getsource(reporting.token_channels)
+        + inspect.getsource(reporting.groups)
+    )
     assert all(f'"{name}"' in source for name in documented)
     written = set(re.findall(r'"(\w+)": (?:pa\.array|signals|new|torch\.expm1|experience|shaped|_lists)', source))
     assert written <= documented
