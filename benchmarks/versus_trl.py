@@ -30,7 +30,7 @@ PLACE = ROOT / "build" / "trl"
 SCRIPTS = Path(__file__).parent / "versus"
 VERSION = "1.16.0"
 KEPT = ROOT / "docs" / "performance" / "versus.json"
-KNOWN: dict[str, Any] = shared.WORKLOADS | shared.LESSONS | shared.RACES | {"check": shared.CHECK}
+KNOWN: dict[str, Any] = shared.WORKLOADS | shared.LARGE | shared.LESSONS | shared.RACES | shared.TINY | {"check": shared.CHECK}
 
 
 def installed() -> Path:
@@ -65,7 +65,7 @@ def prepared(name: str, steps: int) -> Path:
         tokenizer.save_pretrained(folder / "tokenizer")
         random_model(work.shape, work.context, tokenizer.eos_token_id, folder)
     else:
-        rows = learned_sums(folder)
+        rows = sums(folder, learned=work.learned)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
@@ -101,8 +101,8 @@ def instructions(kind: str) -> list[dict[str, str]]:
     return [{"prompt": shared.question(row)} | {name: row[column] for name, column in wanted.items()} for row in rows]
 
 
-def learned_sums(folder: Path) -> list[dict[str, str]]:
-    """Two-digit sums to train on; a model that the quickstart's SFT has brought to 45 % is put into the folder once."""
+def sums(folder: Path, *, learned: bool) -> list[dict[str, str]]:
+    """Two-digit sums to train on; a model that the quickstart's SFT has brought to 45 %, or a small random one, is put into the folder once."""
     import shutil
 
     from tilt.config.schema import parse
@@ -111,8 +111,12 @@ def learned_sums(folder: Path) -> list[dict[str, str]]:
     from tilt.tasks import arithmetic
 
     task = arithmetic.Addition()
-    if not (folder / "model").exists():
-        characters(arithmetic.ALPHABET).save_pretrained(folder / "tokenizer")
+    tokenizer = characters(arithmetic.ALPHABET)
+    if not learned:
+        tokenizer.save_pretrained(folder / "tokenizer")
+        random_model(shared.Shape(32, 2, 4, 2, 48, len(tokenizer)), 32, tokenizer.eos_token_id, folder)
+    elif not (folder / "model").exists():
+        tokenizer.save_pretrained(folder / "tokenizer")
         for name, held in (("train", False), ("held_out", True)):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task.rows(held_out=held)), encoding="utf-8")
         model = {"width": 128, "layers": 4, "heads": 4, "context": 32, "tokenizer": str(folder / "tokenizer")}
@@ -176,31 +180,60 @@ class Side:
 
 def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """One workload: both sides warm up, then take turns."""
-    race = shared.RACES.get(name)
-    most = race.steps if race is not None else given.repeat * (given.each + 1) + given.warm + 3
-    folder, python = prepared(name, most), installed()
     work = KNOWN[name]
-    whole = work.answers if name in shared.WORKLOADS else work.batch if name in shared.LESSONS else work.prompts * work.samples
-    lr = race.lr if race is not None else 1e-5
-    base = {"threads": given.threads, "lr": lr, "loss": "dapo", "steps": most, "seed": given.seed, "dtype": given.dtype}
-    best = tuned(folder, python, whole, base, given.tune, paged=name not in shared.LESSONS)
+    most = longest(work, given.repeat * (given.each + 1) + given.warm + 3)
+    folder, python = prepared(name, most), installed()
+    base = asked(work, most) | {"threads": given.threads, "seed": given.seed, "dtype": given.dtype}
+    best = tuned(folder, python, whole(work), base, given.tune, paged=not isinstance(work, shared.Lesson))
     sides = {
         "trl": Side.start("trl", python, "theirs.py", folder, base | best),
         "tilt": Side.start("tilt", sys.executable, "ours.py", folder, base),
     }
     try:
         opened = {side: process.answer() for side, process in sides.items()}
-        found = raced(sides, opened, race) if race is not None else taken(sides, given)
+        found = raced(sides, opened, work) if isinstance(work, shared.Race) else taken(sides, given)
     finally:
         for process in sides.values():
             process.stop()
+    return summed(name, best, found)
+
+
+def whole(work: shared.Workload | shared.Lesson | shared.Race) -> int:
+    """Answers or rows of a step."""
+    return (
+        work.answers
+        if isinstance(work, shared.Workload)
+        else work.batch
+        if isinstance(work, shared.Lesson)
+        else work.prompts * work.samples
+    )
+
+
+def longest(work: shared.Workload | shared.Lesson | shared.Race, steps: int) -> int:
+    """The most steps that a side may be asked for."""
+    return work.steps if isinstance(work, shared.Race) else steps
+
+
+def asked(work: shared.Workload | shared.Lesson | shared.Race, steps: int) -> dict[str, Any]:
+    """What both sides do alike on a workload."""
+    return {"lr": work.lr if isinstance(work, shared.Race) else 1e-5, "loss": "dapo", "steps": steps}
+
+
+def summed(name: str, tuning: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians of what each side said of its steps, and how many times TRL's Tilt's are; of a race the seconds to its end."""
     middle = {s: {k: statistics.median(r[k] for r in rows) for k in rows[0] if isinstance(rows[0][k], float)} for s, rows in found.items()}
     seconds = {s: [r["step"] for r in rows] for s, rows in found.items()}
-    row = {"workload": name, "tuning": best, "median": middle, "seconds": seconds, "memory": middle["trl"]["peak"] / middle["tilt"]["peak"]}
-    if race is None:
-        return row | {"ratio": middle["trl"]["step"] / middle["tilt"]["step"]}
+    told = {
+        "workload": name,
+        "tuning": tuning,
+        "median": middle,
+        "seconds": seconds,
+        "memory": middle["trl"]["peak"] / middle["tilt"]["peak"],
+    }
+    if not isinstance(KNOWN[name], shared.Race):
+        return told | {"ratio": middle["trl"]["step"] / middle["tilt"]["step"]}
     wall = {s: sum(times[1:]) + statistics.median(times) for s, times in seconds.items()}  # the first step counts as a middling one
-    return row | {"wall": wall, "steps": {s: len(times) for s, times in seconds.items()}, "ratio": wall["trl"] / wall["tilt"]}
+    return told | {"wall": wall, "steps": {s: len(times) for s, times in seconds.items()}, "ratio": wall["trl"] / wall["tilt"]}
 
 
 def taken(sides: dict[str, Side], given: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -232,7 +265,8 @@ def raced(sides: dict[str, Side], opened: dict[str, dict[str, Any]], race: share
             last = heard[name][-race.window :]
             if len(last) == race.window and statistics.mean(last) >= race.target:
                 running.remove(name)
-    found["tilt"].insert(0, found["tilt"][0])
+    if "tilt" in found:
+        found["tilt"].insert(0, found["tilt"][0])
     return found
 
 

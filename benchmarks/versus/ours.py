@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -42,7 +41,8 @@ def in_turn() -> None:
         if number == 0:
             say(ready=True, **right)
         else:
-            say(step=time.perf_counter() - began[0], peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **phases, **right)
+            here = shared.waited()
+            say(step=time.perf_counter() - began[0], peak=here, **phases, **right)
         if not sys.stdin.readline():
             os._exit(0)
         began[0] = time.perf_counter()
@@ -69,7 +69,8 @@ def main() -> None:
     recipe, settings = described(folder, record, options)
     base = {
         "model": str(folder / "model"), "tokenizer": str(folder / "tokenizer"), "steps": options["steps"], "threads": options["threads"],
-        "dtype": options["dtype"], "seed": options["seed"], "root": str(folder / "runs"), "name": f"run-{os.getpid()}", "quiet": True, "save": False,
+        "dtype": options["dtype"], "device": options.get("device", "cpu"), "seed": options["seed"], "root": str(folder / "runs"),
+        "name": f"run-{os.getpid()}", "quiet": True, "save": False,
     }  # fmt: skip
     in_turn()
     recipe.run(parse(base | settings | options.get("more", {}), recipe.Config))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -55,8 +54,9 @@ class Steps(TrainerCallback):
         self.began = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        here = shared.waited()
         seconds = time.perf_counter() - self.began
-        say(step=seconds, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **self.times)
+        say(step=seconds, peak=here, **self.times)
 
 
 def main() -> None:
@@ -64,12 +64,12 @@ def main() -> None:
     torch.set_num_threads(options["threads"])
     torch.manual_seed(options["seed"])
     record = json.loads((folder / "workload.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, options.get("weights", "float32")))
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     rows = Dataset.from_list([json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()])
     times: dict[str, float] = {}
     common = dict(
-        output_dir=str(folder / "trl"), use_cpu=True, bf16=options["dtype"] == "bfloat16", per_device_train_batch_size=options["micro"],
+        output_dir=str(folder / "trl"), use_cpu=options.get("device", "cpu") == "cpu", bf16=options["dtype"] == "bfloat16", per_device_train_batch_size=options["micro"],
         learning_rate=options["lr"], lr_scheduler_type="constant", max_steps=options["steps"], gradient_checkpointing=False, report_to=[],
         logging_steps=10**6, save_strategy="no", weight_decay=0.0, max_grad_norm=1.0, adam_beta2=0.95, shuffle_dataset=False, seed=options["seed"],
         disable_tqdm=True,
@@ -155,6 +155,7 @@ def timed(trainer: Any, times: dict[str, float], processors: LogitsProcessorList
             processor.first = named["input_ids"].shape[1]
         began = time.perf_counter()
         found = plain(*given, **({"logits_processor": processors} if processors else {}), **named)
+        shared.waited()
         times["generate"] = time.perf_counter() - began
         return found
 

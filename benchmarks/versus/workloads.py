@@ -73,8 +73,8 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Race:
-    """GRPO on two-digit sums from the same SFT weights until the mean of `window` steps' sampled answers is right in `target` of the cases; the learning
-    rate falls in a straight line to 0 after `steps`."""
+    """GRPO on two-digit sums from the same weights until the mean of `window` steps' sampled answers is right in `target` of the cases; the learning rate
+    falls in a straight line to 0 after `steps`. The weights are `learned` by SFT, else random."""
 
     target: float = 0.9
     window: int = 4
@@ -84,6 +84,7 @@ class Race:
     lr: float = 5e-4
     warmup: int = 5
     steps: int = 240
+    learned: bool = True
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,9 +97,18 @@ WORKLOADS = {
     "W3": Workload(Shape(256, 4, 4, 2, 768, 151_936), prompt=128, new=64, samples=8, answers=32),
     "W4": Workload(Shape(512, 8, 8, 4, 1536, 4096), prompt=256, new=128, samples=8, answers=64, stops=True),
 }
+LARGE = {  # for a GPU: the sizes of Qwen2.5-0.5B and Qwen3-1.7B in this family
+    "0.5B": Workload(Shape(896, 24, 14, 2, 4864, 151_936), prompt=512, new=512, samples=16, answers=256),
+    "1.7B": Workload(Shape(2048, 28, 16, 8, 6144, 151_936), prompt=512, new=512, samples=16, answers=256),
+}
 CHECK = Workload(SMALL, prompt=24, new=48, samples=4, answers=16, stops=True)  # what both sides are compared on, number by number
 LESSONS = {"W6-sft": Lesson("sft", Shape(256, 4, 4, 2, 768, 4096)), "W6-dpo": Lesson("dpo", Shape(256, 4, 4, 2, 768, 4096))}
 RACES = {"W5": Race()}
+TINY: dict[str, Workload | Lesson | Race] = {  # the same programs in seconds, on anything
+    "tiny": Workload(Shape(32, 2, 4, 2, 48, 64), prompt=6, new=5, samples=2, answers=4),
+    "tiny-sft": Lesson("sft", Shape(32, 2, 4, 2, 48, 512), batch=4),
+    "tiny-sums": Race(target=0.0, window=1, prompts=4, samples=4, learned=False),
+}
 
 
 MARK = "@@"  # before what a side has to say, among all else on its standard output
@@ -107,6 +117,18 @@ MARK = "@@"  # before what a side has to say, among all else on its standard out
 def say(**found: Any) -> None:
     """One line of JSON behind the mark."""
     print(MARK + json.dumps(found), flush=True)
+
+
+def waited() -> float:
+    """The most MiB held so far, of a GPU's tensors where this process uses one, else of the process; a GPU has done all it was told by then."""
+    import resource
+    import sys
+
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_allocated() / 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def recorded(record: dict[str, Any]) -> Workload | Lesson | Race:

@@ -1,0 +1,1 @@
+"""The parts of the benchmark for GPUs: what must agree, and the comparison with TRL."""
