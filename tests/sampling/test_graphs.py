@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import random
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -193,6 +195,52 @@ def test_what_differs_or_fails_is_not_used_and_said(fault: str, recorded: list[R
     assert made == 1 and graphs.refused and [r.tokens for r in drawn(lm)] == [r.tokens for r in found] and len(recorded) == 1
     with graphs.off():
         assert [r.tokens for r in drawn(lm)] == [r.tokens for r in found]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_asked_of_cuda(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run before the capture, both on the recorder's own stream, which waits for the other and is waited for; a capture ends whatever happens in it."""
+    done: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str = "own") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            done.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+            done.append(f"begin {pool} {capture_error_mode}")
+
+        def capture_end(self) -> None:
+            done.append("end")
+
+        def replay(self) -> None:
+            done.append("replay")
+
+    def step() -> Tensor:
+        assert not gc.isenabled()
+        done.append("step")
+        if fails and done[-2].startswith("begin"):
+            raise RuntimeError("not allowed in a capture")
+        return torch.ones(1)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(done.append(f"on {stream.name}")))
+    recording = graphs.CudaGraph.maker()()
+    expected = ["own waits for main", "on own", "step", "begin pool thread_local", "step", "end"]
+    if fails:
+        with pytest.raises(RuntimeError, match="not allowed"):
+            recording.record(step)
+    else:
+        assert recording.record(step) == torch.ones(1)
+        recording.replay()
+        expected += ["main waits for own", "replay"]
+    assert done == expected and gc.isenabled()
 
 
 def test_a_full_memory_is_not_hidden(recorded: list[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:

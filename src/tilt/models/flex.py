@@ -174,7 +174,7 @@ class FlexAttention:
         asked, keys = _whole(q.shape[2]), _whole(k.shape[2])
         if window not in self.masks:
             self.masks[window] = Spans.of(self.segments, self.tokens, window).padded(asked).mask(keys)
-        q, k, v = F.pad(q, (0, 0, 0, asked - q.shape[2])), *(F.pad(x, (0, 0, 0, keys - x.shape[2])) for x in (k, v))
+        q, k, v = (x if x.shape[2] == n else F.pad(x, (0, 0, 0, n - x.shape[2])) for x, n in ((q, asked), (k, keys), (v, keys)))
         cap = None if softcap is None else torch.tensor(softcap, dtype=torch.float32, device=q.device)
         with torch.autocast(q.device.type, enabled=False):
             out = kernel(q, k, v, self.masks[window], scaling, cap, sinks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,25 +53,30 @@ class Recording(Protocol):
 class CudaGraph:
     """A recording by torch.cuda.CUDAGraph; those made by one `maker` share their memory, so a result is read before another is replayed."""
 
-    def __init__(self, pool: Any) -> None:
-        self.graph, self.pool = torch.cuda.CUDAGraph(), pool
+    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
+        self.graph, self.pool, self.stream = torch.cuda.CUDAGraph(), pool, stream
 
     @staticmethod
     def maker() -> Callable[[], Recording]:
-        pool = torch.cuda.graph_pool_handle()
-        return lambda: CudaGraph(pool)
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        return lambda: CudaGraph(pool, stream)
 
     def record(self, step: Callable[[], Tensor]) -> Tensor:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()  # libraries make their workspaces on this stream
-            self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                out = step()
-            finally:
-                self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        outside, collecting = torch.cuda.current_stream(), gc.isenabled()
+        self.stream.wait_stream(outside)
+        gc.disable()  # what is freed in the midst of a recording may be what no recording may free
+        try:
+            with torch.cuda.stream(self.stream):
+                step()  # libraries make their workspaces on this stream
+                self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    out = step()
+                finally:
+                    self.graph.capture_end()
+        finally:
+            if collecting:
+                gc.enable()
+        outside.wait_stream(self.stream)
         return out
 
     def replay(self) -> None:
