@@ -200,13 +200,9 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def whole(work: shared.Workload | shared.Lesson | shared.Race) -> int:
     """Answers or rows of a step."""
-    return (
-        work.answers
-        if isinstance(work, shared.Workload)
-        else work.batch
-        if isinstance(work, shared.Lesson)
-        else work.prompts * work.samples
-    )
+    if isinstance(work, shared.Workload):
+        return work.answers
+    return work.batch if isinstance(work, shared.Lesson) else work.prompts * work.samples
 
 
 def longest(work: shared.Workload | shared.Lesson | shared.Race, steps: int) -> int:
