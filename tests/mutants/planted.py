@@ -236,6 +236,8 @@ FAULTS = [
           "position = self.above[:, None] + torch.arange(", "position = 0 * self.above[:, None] + torch.arange(", "tests/models/test_attention.py::test_against_a_written_softmax"),
     Fault("packing", "a window one token too wide", "slip: off-by-one between attention kernels", "models/attention.py",
           "(back >= 0) & (back < window)", "(back >= 0) & (back <= window)", "tests/models/test_attention.py::test_against_a_written_softmax"),
+    Fault("packing", "one kernel skips a block that its queries see in part", "slip: block masks of full blocks alone", "models/flex.py",
+          "_listed((pairs > 0) & ~full)", "_listed((pairs > BLOCK) & ~full)", "tests/models/test_flex.py::test_blocks_are_those_of_the_whole_mask"),
     # ------------------------------------------------------------------------------------------------ heads
     Fault("heads", "the temperature is not applied to the score", "TRL #3029, OpenRLHF #853, NeMo-RL #935", "distributions.py",
           "return (logits if logits.dtype == torch.float64 else logits.float()) / temperature", "return logits if logits.dtype == torch.float64 else logits.float()",
@@ -295,6 +297,8 @@ FAULTS = [
           "            n = self.length[i]\n", "            n = self.length[i] - (1 if stopped[row] and self.length[i] > 1 else 0)\n", SAMPLED + "test_rollouts_carry_what_the_learner_needs"),
     Fault("sampler", "an answer that ends at the limit counts as cut", "slip: an end at the limit taken for a cut", "sampling/engine.py",
           '"stop" if stopped[row] else "length"', '"length" if self.length[i] >= self.room[i] else "stop"', SAMPLED + "test_the_stop_token_is_an_action_and_may_be_the_whole_answer"),
+    Fault("sampler", "a recorded step writes into stores that were left behind", "slip: graphs that outlive their buffers", "sampling/graphs.py",
+          "            self.courses.clear()", "            pass", "tests/sampling/test_graphs.py::test_sizes_that_come_back"),
     Fault("sampler", "a moved row keeps the keys of the one before", "slip: cache rows that do not follow their answers", "sampling/forward.py",
           "        self.answers.move(source, target, self.plan.longest)\n", "        pass\n", ENGINE + "test_slots_company_and_group_size_do_not_matter"),
     # ------------------------------------------------------------------------------------------------ exact KL and trust regions
