@@ -70,7 +70,7 @@ def quick(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "data" / "rasbt-instruct" / "instruction-data-with-preference.json").write_text(json.dumps(rows))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("quick")
 def test_the_same_code_runs_on_the_cpu(gpu: Any, capsys: pytest.CaptureFixture[str], pretender: str, tmp_path: Path) -> None:
     """Everything: checks, whole steps of both algorithms, and the comparison, ours by the real program."""
