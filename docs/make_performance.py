@@ -55,9 +55,11 @@ def versus(rows: dict[str, Any]) -> str:
             + " | ".join([*own, times, f"{trl['peak']:,.0f}", f"{tilt['peak']:,.0f}", f"{row['memory']:.2f}"])
             + " |"
         )
-    some = next(iter(rows.values()))
-    tuned = "; ".join(f"{n} {told(r['tuning'])}" for n, r in rows.items())
-    last = f"Measured {some['date']} at commit {some['commit']}: {some['machine']}, medians of {len(some['seconds']['tilt'])} turns (range of the turns' own ratios). TRL ran with: {tuned}."
+    known = {name: rows[name] for name in WHAT if name in rows}
+    tuned = "; ".join(f"{name} {told(row['tuning'])}" for name, row in known.items())
+    steps = ", ".join(f"{name} {len(row['seconds']['tilt'])}" for name, row in known.items())
+    dates, commits, machines = (", ".join(dict.fromkeys(str(row[key]) for row in known.values())) for key in ("date", "commit", "machine"))
+    last = f"Measured {dates} at {commits}: {machines}; medians over steps ({steps}) and the range of the ratios of single steps. TRL ran with: {tuned}."
     return "\n".join([*lines, "", last])
 
 

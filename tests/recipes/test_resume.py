@@ -12,11 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tilt.cli.main import main
+from tilt.errors import UsageError
 from tilt.recipes import dpo, reward_model, rl, sft
 from tilt.recipes.replaying import replay
 from tilt.recipes.session import Start
 from tilt.runs import checkpoints, rollout_store
-from tilt.runs.comparison import differences
+from tilt.runs.comparison import differences, differing
 from tilt.runs.journal import Journal
 
 from .conftest import TINY, variety
@@ -130,3 +132,76 @@ def test_a_replay_agrees_on_every_step_and_finds_a_flipped_bit(kind: str, tmp_pa
     pq.write_table(table.set_column(table.column_names.index("logprobs"), "logprobs", column), path)
     (tmp_path / "rewards.py").write_text("def variety(completions, **columns):\n    return [9.0 for text in completions]\n")
     assert [line.rpartition(" first")[0] for line in replay(run.path).differences] == ["rollouts, step 3: logprobs differs"]
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(run_sft, metrics) -> None:  # type: ignore[no-untyped-def]
+    found = run_sft(steps=9, save_every=1, keep_last=2, keep_best="eval/ends", eval={"every": 1})
+    ends = {row["step"]: row["eval/ends"] for row in metrics(found) if 0 < row["step"] < 9}
+    kept = checkpoints.saved(found.directory.checkpoints)
+    best = max(ends, key=lambda step: (ends[step], step))
+    assert kept == sorted({8, 9, best}) or kept == sorted({8, 9, max(ends, key=lambda step: (ends[step] if step < 8 else -1, step))})
+    assert checkpoints.saved(run_sft(steps=4, save_every=1, keep_last=0).directory.checkpoints) == [1, 2, 3, 4]
+    found = run_sft(steps=2, keep_best="eval/beauty")
+    assert "no step recorded `eval/beauty`" in found.directory.log.read_text()
+
+
+def test_a_torn_checkpoint_is_skipped_with_its_name_and_the_run_is_the_same(
+    tmp_path: Path, rows: Path, killed: Callable[[int], None]
+) -> None:
+    def config(name: str) -> Any:
+        return sft.Config.model_validate(settings(tmp_path, name, rows, batch=8))
+
+    sft.run(config("whole"))
+    killed(5)
+    with pytest.raises(Killed):
+        sft.run(config("torn"))
+    run = tmp_path / "runs" / "torn"
+    weights = run / "checkpoints" / "step_000004" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    sft.run(config("torn"), Start(resume=True))
+    log = (run / "log.txt").read_text()
+    assert "torn       step_000004: model.safetensors has" in log and "resumed    from step_000002" in log
+    assert differences(tmp_path / "runs" / "whole", run) == []
+
+
+def test_what_changes_is_listed_and_what_would_be_another_run_is_refused(tmp_path: Path, rows: Path) -> None:
+    def config(**more: Any) -> Any:
+        return sft.Config.model_validate(settings(tmp_path, "run", rows, batch=8) | more)
+
+    first = sft.run(config(steps=3))
+    with pytest.raises(UsageError, match=r"(?s)cannot change.*batch: 8 → 4.*seed: 0 → 1.*--init-from"):
+        sft.run(config(steps=3, batch=4, seed=1), Start(resume=True))
+    again = sft.run(config(steps=3), Start(resume=True))
+    assert again.after == first.after and again.checkpoint == first.checkpoint and "resumed" not in first.directory.log.read_text()
+    more = sft.run(config(steps=5), Start(resume=True))
+    log = more.directory.log.read_text()
+    assert "changed    steps: 3 → 5" in log and "resumed    from step_000003" in log and more.checkpoint.name == "step_000005"
+    assert (more.directory.path / "config.before_1.yaml").exists() and "steps: 5" in more.directory.config.read_text()
+    data = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(data[:-1]))
+    with pytest.raises(UsageError, match="the data changed since the run began"):
+        sft.run(config(steps=6), Start(resume=True))
+
+
+def test_the_command_line_resumes_by_folder_by_name_and_by_step(tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "sft", f"root={tmp_path}/runs", "name=cli", f"data.source={rows}", "data.template=text", "model={width: 16, layers: 1, heads: 2, context: 32, vocabulary: 270}",
+        "steps=4", "batch=8", "save_every=2", "threads=1", "--quiet",
+    ]  # fmt: skip
+    run = tmp_path / "runs" / "cli"
+    assert main([*words, "--resume"]) == 0 and "nothing to resume" in capsys.readouterr().out
+    whole = (run / "metrics.jsonl").read_text()
+    assert main(["run", str(run), "--resume"]) == 0 and "finished already" in capsys.readouterr().out
+    assert main(["run", str(run), "--resume", "step=2"]) == 0
+    assert "resumed    from step_000002" in (run / "log.txt").read_text()
+    lines = [[json.loads(line) for line in text.splitlines()] for text in (whole, (run / "metrics.jsonl").read_text())]
+    assert [differing(a, b) for a, b in zip(*lines, strict=True)] == [[]] * 5
+    assert main(["run", str(run), "--resume", "step=3"]) == 2 and "no checkpoint of step 3: it has 2, 4" in capsys.readouterr().err
+    assert main(["run", str(run), "--resume", "step=x"]) == 2 and main(["sft", "--resume", *words[1:2], *words[3:]]) == 2
+    assert main([*words, "name=other", "--init-from", str(run), "--resume"]) == 2
+    capsys.readouterr()
+    others = [word for word in words if not word.startswith(("model=", "name="))]
+    assert main([*others, "name=other", "--init-from", str(run)]) == 0
+    assert "checkpoints/step_000004" in (tmp_path / "runs" / "other" / "config.yaml").read_text()
+    assert main(["replay", str(run)]) == 0 and "the same bits" in capsys.readouterr().out
+    assert main(["replay", str(run), "9"]) == 2 and main(["replay", str(run), "a"]) == 2 and main(["replay", str(tmp_path)]) == 2

@@ -148,10 +148,10 @@ class Session:
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         held = sum(t.numel() * t.element_size() for part in self.state.parts.values() for t in part.tensors().values())
         each = sum(p.numel() * p.element_size() for p in model.parameters()) + 2 * trained + held
-        free = shutil.disk_usage(self.directory.path).free
-        if free < 2 * each:
+        free, more = shutil.disk_usage(self.directory.path).free, max(1, 2 - len(checkpoints.saved(self.directory.checkpoints)))
+        if free < more * each:
             raise UsageError(
-                f"{self.directory.path}: the disk has {size(free)} free, and two checkpoints need {size(2 * each)}\n"
+                f"{self.directory.path}: the disk has {size(free)} free, and {'two checkpoints need' if more == 2 else 'another checkpoint needs'} {size(more * each)}\n"
                 "  free some space, choose another root, or set save to false"
             )
         self.journal.note(f"saving     {self.config.saves.saving}; a checkpoint takes at most {size(each)}, the disk has {size(free)}")
@@ -218,6 +218,9 @@ class Session:
         self.at = at
         self.writer.wait()
         self.watch("save")
+        sought = None if self.config.saves is None else self.config.saves.keep_best
+        if sought is not None and not any(sought in row for row in read_metrics(self.directory.metrics)):
+            self.journal.note(f"keep_best  no step recorded `{sought}`, so no checkpoint was the best by it")
         place = self.directory.path
         if self.config.saves:
             place = checkpoints.path_of(self.directory.checkpoints, at)
