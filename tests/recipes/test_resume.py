@@ -169,7 +169,7 @@ def test_what_changes_is_listed_and_what_would_be_another_run_is_refused(tmp_pat
         return sft.Config.model_validate(settings(tmp_path, "run", rows, batch=8) | more)
 
     first = sft.run(config(steps=3))
-    with pytest.raises(UsageError, match=r"(?s)cannot change.*batch: 8 → 4.*seed: 0 → 1.*--init-from"):
+    with pytest.raises(UsageError, match=r"(?s)cannot change.*seed: 0 → 1.*batch: 8 → 4.*--init-from"):
         sft.run(config(steps=3, batch=4, seed=1), Start(resume=True))
     again = sft.run(config(steps=3), Start(resume=True))
     assert again.after == first.after and again.checkpoint == first.checkpoint and "resumed" not in first.directory.log.read_text()
@@ -191,7 +191,7 @@ def test_the_command_line_resumes_by_folder_by_name_and_by_step(tmp_path: Path, 
     run = tmp_path / "runs" / "cli"
     assert main([*words, "--resume"]) == 0 and "nothing to resume" in capsys.readouterr().out
     whole = (run / "metrics.jsonl").read_text()
-    assert main(["run", str(run), "--resume"]) == 0 and "finished already" in capsys.readouterr().out
+    assert main(["run", str(run), "quiet=false", "--resume"]) == 0 and "finished already" in capsys.readouterr().out
     assert main(["run", str(run), "--resume", "step=2"]) == 0
     assert "resumed    from step_000002" in (run / "log.txt").read_text()
     lines = [[json.loads(line) for line in text.splitlines()] for text in (whole, (run / "metrics.jsonl").read_text())]
