@@ -204,4 +204,4 @@ def test_the_command_line_resumes_by_folder_by_name_and_by_step(tmp_path: Path, 
     assert main([*others, "name=other", "--init-from", str(run)]) == 0
     assert "checkpoints/step_000004" in (tmp_path / "runs" / "other" / "config.yaml").read_text()
     assert main(["replay", str(run)]) == 0 and "the same bits" in capsys.readouterr().out
-    assert main(["replay", str(run), "9"]) == 2 and main(["replay", str(run), "a"]) == 2 and main(["replay", str(tmp_path)]) == 2
+    assert main(["replay", str(run), "9"]) == 2 and main(["replay", str(run), "a"]) == 2 and main(["replay", str(tmp_path / "none")]) == 2
