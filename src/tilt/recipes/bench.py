@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from tilt.config import parse
-from tilt.data.packing import pack
+from tilt.data.packing import Pack, pack
 from tilt.data.rollouts import Prompt, Rollout
 from tilt.data.streams import Stream
 from tilt.data.tokenizers import SPECIAL, words
 from tilt.errors import UsageError
 from tilt.models import compat, loading, saving
 from tilt.models.work import decode_bytes, pass_flops
-from tilt.objectives import Rewards
+from tilt.objectives import Experience, ProcessRelative, Rewards, Signals
 from tilt.recipes import opening, rl
 from tilt.recipes.finishing import beside
 from tilt.recipes.rl_settings import Config
@@ -236,12 +236,9 @@ def generation(
 def update(config: Config, parts: rl.Parts, rollouts: list[Rollout], device: torch.device, repeat: int) -> tuple[float, float]:
     """Seconds of an update with random rewards, so that every answer moves the weights: forward, backward and step; and its floating-point operations."""
     learner, objective, batch = parts.learner, parts.objective, pack(rollouts)
-    rewards = Rewards.of(torch.rand(len(rollouts), generator=torch.Generator().manual_seed(0)), actions=len(batch.actions))
     times = []
     for number in range(repeat):
-        wanted = rl.wanted(objective, config, learner.settings)
-        signals = rl.ended(learner.evaluate(batch, wanted, temperature=config.sampling.temperature), objective)
-        experience = objective.prepare(rewards, signals, batch.layout)
+        experience = random_experience(parts, batch, evaluated(config, parts, batch))
         began = perf_counter()
         learner.update(batch, experience, objective, temperature=config.sampling.temperature, step=number)
         machine.wait(device)
@@ -249,3 +246,18 @@ def update(config: Config, parts: rl.Parts, rollouts: list[Rollout], device: tor
     lm = learner.policy.lm
     flops = pass_flops(lm, batch, backward=True) + (pass_flops(lm, batch, backward=True, head=False) if learner.critic is not None else 0)
     return median(times), flops * learner.settings.passes
+
+
+def evaluated(config: Config, parts: rl.Parts, batch: Pack) -> Signals:
+    """What the models say of a batch before its first step, as the loop asks them."""
+    learner, objective = parts.learner, parts.objective
+    wanted = rl.wanted(objective, config, learner.settings)
+    return rl.ended(learner.evaluate(batch, wanted, temperature=config.sampling.temperature), objective)
+
+
+def random_experience(parts: rl.Parts, batch: Pack, signals: Signals) -> Experience:
+    """Random rewards, so that every answer moves the weights; where steps are rewarded, at the last action of each answer."""
+    random, steps = torch.rand(batch.layout.sequences, generator=torch.Generator().manual_seed(0)), torch.zeros(len(batch.actions))
+    if isinstance(parts.objective.credit, ProcessRelative):
+        steps[batch.layout.last] = random
+    return parts.objective.prepare(Rewards.of(random, steps, parts={"trial": random}), signals, batch.layout)

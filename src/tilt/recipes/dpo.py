@@ -83,7 +83,7 @@ def run(config: Config, start: Start = NEW) -> Result:
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch))
     precision = opening.precision(config, device)
     reader = Likelihoods(policy, row.needs)
-    reference = _reference(config, policy, tokenizer, device)
+    reference = reference_of(config, policy, tokenizer, device)
     anchors = _anchoring(config, row, reference, train, precision)
     held_anchors = _anchoring(config, row, reference, held, precision)
     numbered = Stream(list(range(len(train))), config.seed)
@@ -126,7 +126,7 @@ def run(config: Config, start: Start = NEW) -> Result:
         return run.finish(before, after, at=step)
 
 
-def _reference(config: Config, policy: Policy, tokenizer: Any, device: torch.device) -> Policy:
+def reference_of(config: Config, policy: Policy, tokenizer: Any, device: torch.device) -> Policy:
     """Who is asked for the reference's log-probabilities: another model, a copy that will move, or the policy itself before its first step."""
     if config.reference is not None:
         return opening.other_model(config.reference, tokenizer, device, "reference")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +15,10 @@ from tilt.data.rollouts import Prompt, Rollout
 from tilt.models import compat
 from tilt.models.policy import Policy
 from tilt.models.work import cached_bytes
-from tilt.objectives import ProcessRelative, Rewards
+from tilt.objectives import Signals
 from tilt.recipes import rl
-from tilt.recipes.bench import worth
-from tilt.recipes.measuring import parameters, size
+from tilt.recipes.bench import evaluated, random_experience, worth
+from tilt.recipes.measuring import BUDGET, Phase, parameters, saved, size, timed
 from tilt.recipes.planning import ABSENT
 from tilt.recipes.rl_settings import Config
 from tilt.recipes.settings import Guards
@@ -28,17 +27,8 @@ from tilt.runs.text import duration
 from tilt.sampling.probe import halving
 
 DRAWING = 6.0  # seconds that answers may be drawn for: how long they get is known from so many alone
-BUDGET = 3.0  # seconds that an update may be tried for; what takes less is tried whole
 WORTH = 1.15  # gain of bfloat16 in sampling from which on it is mentioned
 SHORT = 6  # decoding steps of a short trial
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Seconds of a phase of one step, and the bytes that it needs at its peak beside what stays from phase to phase."""
-
-    seconds: float
-    memory: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -225,17 +215,9 @@ def training(
 def kept(config: Config, opened: rl.Opened, batch: Pack) -> tuple[float, float]:
     """Bytes a token that a forward pass of policy and critic keeps for the backward pass, and its seconds."""
     learner = opened.parts.learner
-    own = {p.untyped_storage().data_ptr() for module in (learner.policy, learner.critic) if module is not None for p in module.parameters()}
-    sizes: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # the tensor itself would keep its graph, and the graph it
-
     part = batch.take(batch.split(config.micro_tokens)[0]).to(learner.device)
     began = perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), learner.autocast():
+    with saved(learner.policy, learner.critic) as sizes, learner.autocast():
         values = "values" in opened.parts.objective.needs
         said = learner.policy(part, temperature=config.sampling.temperature, entropy=True, values=values and learner.critic is None)
         worths = learner.critic(part) if values and learner.critic is not None else None
@@ -246,28 +228,15 @@ def kept(config: Config, opened: rl.Opened, batch: Pack) -> tuple[float, float]:
 
 def _update(config: Config, opened: rl.Opened, batch: Pack) -> tuple[Phase, Phase]:
     """Evaluate and update on a batch whose answers all moved by random rewards."""
-    learner, objective, temperature = opened.parts.learner, opened.parts.objective, config.sampling.temperature
-    signals: list[Any] = []
-    wanted = rl.wanted(objective, config, learner.settings)
-    evaluate = _timed(opened, lambda: signals.append(rl.ended(learner.evaluate(batch, wanted, temperature=temperature), objective)))
-    random = torch.rand(batch.layout.sequences, generator=torch.Generator().manual_seed(0))
-    steps = torch.zeros(len(batch.actions))
-    if isinstance(objective.credit, ProcessRelative):
-        steps[batch.layout.last] = random
-    rewards = Rewards.of(random, steps, parts={"trial": random})
-    experience = objective.prepare(rewards, signals[0], batch.layout)
-    return evaluate, _timed(opened, lambda: learner.update(batch, experience, objective, temperature=temperature))
+    learner, objective = opened.parts.learner, opened.parts.objective
+    signals: list[Signals] = []
+    evaluate = _timed(opened, lambda: signals.append(evaluated(config, opened.parts, batch)))
+    experience = random_experience(opened.parts, batch, signals[0])
+    return evaluate, _timed(opened, lambda: learner.update(batch, experience, objective, temperature=config.sampling.temperature))
 
 
 def _timed(opened: rl.Opened, work: Callable[[], object]) -> Phase:
-    """Seconds of some work, and the bytes at its peak above those before it."""
-    device = opened.parts.learner.device
-    before = machine.resident(device)
-    machine.forget_peak(device)
-    began = perf_counter()
-    work()
-    machine.wait(device)
-    return Phase(perf_counter() - began, max(0, machine.peak(device) - before))
+    return timed(opened.parts.learner.device, work)
 
 
 # --- what is said of it --------------------------------------------------------------------------------------------------

@@ -26,9 +26,14 @@ def imitate(
     )
 
     def learn(step: int) -> tuple[Measures, int]:
-        given = pack(stream.draw(step, batch))
-        rewards = Rewards.of(given.sampler.new_zeros(given.layout.sequences), actions=given.layout.actions)
-        experience = objective.prepare(rewards, learner.evaluate(given, frozenset()), given.layout)
-        return learner.update(given, experience, objective, step=step).metrics, len(given.tokens)
+        return imitated(learner, objective, stream.draw(step, batch), step)
 
     return supervised(run, steps, every, measure, learn, stop)
+
+
+def imitated(learner: Learner, objective: Objective, texts: Sequence[Rollout], step: int) -> tuple[Measures, int]:
+    """One update on these texts: its metrics, and the tokens that went through the model."""
+    given = pack(texts)
+    rewards = Rewards.of(given.sampler.new_zeros(given.layout.sequences), actions=given.layout.actions)
+    experience = objective.prepare(rewards, learner.evaluate(given, frozenset()), given.layout)
+    return learner.update(given, experience, objective, step=step).metrics, len(given.tokens)

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tilt.data.formats import Want
-from tilt.data.packing import Pack
 from tilt.data.rendering import Renderer, show
 from tilt.data.rollouts import Prompt, Rollout
 from tilt.data.steps import check_separator, stepwise
-from tilt.learning.judged import Judged, lay
-from tilt.models.adapters import adapter_off
+from tilt.learning.judged import Judged
 from tilt.models.loading import padded_tokenizer
 from tilt.models.policy import Policy, RewardModel
-from tilt.objectives import Objective, card
+from tilt.objectives import ALGORITHMS, Objective, card
 from tilt.parity import undressed
-from tilt.recipes import judging, opening
-from tilt.recipes.measuring import Examples, Measured, attempt, memory, parameters
+from tilt.recipes import given, judging, opening
+from tilt.recipes.measuring import Given, foresee, parameters, said
 from tilt.recipes.rehearsal import rehearse
 from tilt.recipes.scoring import scoring
 from tilt.recipes.settings import Run, Training
 from tilt.recipes.trying import sampling_of
 from tilt.recipes.variants import optimised
 from tilt.runs.directory import auto_name
-from tilt.runs.text import duration, inert, middle, number
+from tilt.runs.text import inert, middle, number
 from tilt.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -55,38 +54,56 @@ class Opened:
 
 def texts(config: pretrain.Config, pieces: Callable[..., list[Rollout]]) -> list[str]:
     """The plan of pretraining."""
-    found = _open(config, config.read_as)
+    began, found = perf_counter(), _open(config, config.read_as)
     policy = opening.policy_of(opening.adapted(found.lm, config.lora), found.device)
-    train = pieces(found.render, found.rows.train, config.read_as, config.length)
-    return _supervised(config, "pretrain", "pieces", found, policy, train)
+    train, held = (pieces(found.render, part, config.read_as, config.length) for part in (found.rows.train, found.rows.held_out))
+    trial = given.imitation(
+        config, ALGORITHMS["sft"], policy, found.device, train, held, steps=_steps(config, len(train)), every=config.eval_every
+    )
+    return _planned(config, "pretrain", "pieces", found, trial(perf_counter() - began), _texts(found, train))
 
 
 def demonstrations(config: sft.Config) -> list[str]:
     """The plan of supervised fine-tuning."""
-    found = _open(config, "sft")
+    from tilt.recipes.sft import stops_of, trial_of
+
+    began, found = perf_counter(), _open(config, "sft")
     policy = opening.policy_of(opening.adapted(found.lm, config.lora), found.device)
-    train = found.render.demonstrations(found.rows.train)
-    rehearsed: list[str] = []
-    if config.reward is not None:
-        rehearsed = [_rehearsed(config, found, [row.prompt for row in train[:2]])]
-    return _supervised(config, "sft", "rows", found, policy, train) + rehearsed
+    train, held = (found.render.demonstrations(rows) if rows else [] for rows in (found.rows.train, found.rows.held_out))
+    with ExitStack() as ending:
+        answered, rehearsed = None, list[str]()
+        if config.reward is not None:
+            judged = scoring(config.reward, found.tokenizer, found.device)
+            ending.callback(judged.close)
+            answered = trial_of(config, policy, found.tokenizer, found.render, found.rows.held_out, judged)
+            rehearsed = [_earned(rehearse(judged, answered.sampler, [row.prompt for row in train[:2]]))]
+        trial = given.imitation(
+            config, config.row, policy, found.device, train, held, steps=_steps(config, len(train)), every=config.eval.every,
+            stops=stops_of(config, found.render), trial=answered,
+        )  # fmt: skip
+        return _planned(config, "sft", "rows", found, trial(perf_counter() - began), _texts(found, train)) + rehearsed
 
 
 def scored_pairs(config: reward_model.Config) -> list[str]:
     """The plan of a reward model."""
-    name, row = config.row()
+    from tilt.recipes.reward_model import reading
+
+    began, (name, row) = perf_counter(), config.row()
     found = _open(config, judging.want(row))
     examples = judging.Examples.of(found.render, found.rows, row)
     padding = padded_tokenizer(found.tokenizer).pad_token_id
     model = RewardModel.from_policy(opening.policy_of(found.lm, found.device), padding=padding, seed=config.seed)
     opening.adapted(model.model, config.lora)
-    return _judged(
+    steps = _steps(config, len(examples.train))
+    trial = given.scores(config, row, model, *reading(config, row, model, padding), found.device, examples.train, examples.held, steps)
+    label = "rm" if name == "reward_model" else judging.stem(name)
+    return _planned(
         config,
-        "rm" if name == "reward_model" else judging.stem(name),
+        label,
+        judging.unit(examples.train),
         found,
-        model,
-        lambda batch: model(batch).sum(),
-        examples,
+        trial(perf_counter() - began),
+        _judged(found, examples),
         {},
         card(row, name=name),
     )
@@ -94,34 +111,39 @@ def scored_pairs(config: reward_model.Config) -> list[str]:
 
 def labelled_steps(config: process_reward.Config) -> list[str]:
     """The plan of a process reward model."""
-    found = _open(config, "stepwise")
+    began, found = perf_counter(), _open(config, "stepwise")
     check_separator(config.separator, found.tokenizer)
-    train = found.render.each(partial(stepwise, found.render, config.separator), found.rows.train)
+    read = partial(stepwise, found.render, config.separator)
+    train, held = (found.render.each(read, rows) if rows else [] for rows in (found.rows.train, found.rows.held_out))
     model = RewardModel.from_policy(opening.policy_of(found.lm, found.device), padding=padded_tokenizer(found.tokenizer).pad_token_id)
     opening.adapted(model.model, config.lora)
-    measured = attempt(lambda batch: model(batch).sum(), [a.rollout for a in train[: config.batch]], config, found.device, model)
-    tokens = sum(len(a.rollout.prompt.tokens) + len(a.rollout.tokens) for a in train)
-    return [
-        *_opening(config, "prm", found, model),
-        *_shown([show(answer.marked, found.tokenizer) for answer in train[:2]]),
-        *memory(config, model, measured, tokens / len(train) * config.batch, {}, 0),
-        *_epochs(config, "answers", len(train), tokens, measured),
-        *([f"note       {model.note}"] if model.note else []),
-    ]
+    trial = given.labelled(config, model, found.device, train, held, _steps(config, len(train)))
+    shown = _shown([show(answer.marked, found.tokenizer) for answer in train[:2]])
+    return _planned(config, "prm", "answers", found, trial(perf_counter() - began), shown)
 
 
 def compared_pairs(config: dpo.Config) -> list[str]:
-    """The plan of preference optimisation: a reference that stays is read once, before the first step, and not held."""
-    name, row = config.row()
+    """The plan of preference optimisation: a reference that stays is read once, before the first step, and not held, unless it is another model."""
+    from tilt.recipes.dpo import reference_of
+
+    began, (name, row) = perf_counter(), config.row()
     found = _open(config, judging.want(row))
     examples = judging.Examples.of(found.render, found.rows, row)
     policy = opening.policy_of(opening.adapted(found.lm, config.lora), found.device)
-    with adapter_off(policy.lm) if config.lora is not None else nullcontext():
-        held = {} if config.reference is None else {"reference": parameters(opening.language_model(config.reference, None, tuple, 0)[0])[0]}
-    if config.reference is None and config.reference_update.every:
-        held = {"reference": parameters(policy)[0]}
-    return _judged(
-        config, judging.stem(name), found, policy, lambda batch: -policy(batch).logprobs.sum(), examples, held, card(row, name=name)
+    reference = reference_of(config, policy, found.tokenizer, found.device)
+    held = {} if reference is policy else {"reference": parameters(reference)[0]}
+    trial = given.likelihoods(
+        config, row, policy, reference, found.device, examples.train, examples.held, _steps(config, len(examples.train))
+    )
+    return _planned(
+        config,
+        judging.stem(name),
+        judging.unit(examples.train),
+        found,
+        trial(perf_counter() - began),
+        _judged(found, examples),
+        held,
+        card(row, name=name),
     )
 
 
@@ -227,34 +249,36 @@ def _opening(config: Training | ranking.Config, recipe: str, found: Opened, modu
     ]
 
 
-def _supervised(config: Any, recipe: str, unit: str, found: Opened, policy: Policy, train: Examples) -> list[str]:
-    measured = attempt(lambda batch: -policy(batch).logprobs.sum(), train[: config.batch], config, found.device, policy)
-    tokens = sum(len(r.prompt.tokens) + len(r.tokens) for r in train)
-    return [
-        *_opening(config, recipe, found, policy),
-        *_shown([show(example, found.tokenizer) for example in train[:2]]),
-        *memory(config, policy, measured, tokens / len(train) * config.batch, {}, 0),
-        *_epochs(config, unit, len(train), tokens, measured),
-        *([f"note       {policy.note}"] if policy.note else []),
-    ]
-
-
-def _judged(
-    config: Any, recipe: str, found: Opened, model: Policy | RewardModel, loss: Callable[[Pack], Tensor], examples: judging.Examples,
-    held: dict[str, int], described: str,
+def _planned(
+    config: Training, recipe: str, unit: str, found: Opened, trial: Given[Any], shown: list[str], held: Mapping[str, int] = {}, described: str = ""
 ) -> list[str]:  # fmt: skip
-    train = examples.train
-    measured = attempt(loss, [answer for example in train[: config.batch] for answer in example.answers], config, found.device, model)
-    tokens = len(lay(train, len(train)).pack.tokens)
+    """What the plans of runs on given rows say: what is read, what a step is, what the run holds and takes."""
+    settings: Any = config
+    count, steps, batch = len(trial.rows), _steps(config, len(trial.rows)), min(settings.batch, len(trial.rows))
+    foreseen = foresee(config, trial, steps, batch)
+    few = f" (batch {settings.batch} is more than there are)" if batch < settings.batch else ""
+    model: Any = trial.module
     return [
-        *_opening(config, recipe, found, model),
-        *examples.notes,
-        *_shown([f"{title}, " + show(answer, found.tokenizer) for title, answer in _titled(train)]),
-        *memory(config, model, measured, tokens / len(train) * config.batch, held, 0),
-        *_epochs(config, judging.unit(train), len(train), tokens, measured),
+        *_opening(config, recipe, found, trial.module),
+        *shown,
+        f"steps      {steps} of {batch} {unit}{few}: about {foreseen.tokens:,.0f} tokens a step, {steps * batch / count:.1f} passes over the {count:,} {unit}",
+        *said(trial.module, foreseen, held),
         *([f"note       {model.note}"] if model.note else []),
-        "objective  " + described.replace("\n", "\n           "),
+        *(["objective  " + described.replace("\n", "\n           ")] if described else []),
     ]
+
+
+def _steps(config: Any, count: int) -> int:
+    """Optimizer steps on so many rows."""
+    return config.steps or max(1, round(config.epochs * count / config.batch))
+
+
+def _texts(found: Opened, train: Sequence[Rollout]) -> list[str]:
+    return _shown([show(example, found.tokenizer) for example in train[:2]])
+
+
+def _judged(found: Opened, examples: judging.Examples) -> list[str]:
+    return [*examples.notes, *_shown([f"{title}, " + show(answer, found.tokenizer) for title, answer in _titled(examples.train)])]
 
 
 def _titled(examples: Sequence[Judged]) -> list[tuple[str, Rollout]]:
@@ -264,18 +288,6 @@ def _titled(examples: Sequence[Judged]) -> list[tuple[str, Rollout]]:
     answers = examples[0].answers
     titles = ("chosen", "rejected") if len(answers) == 2 else [f"rank {n}" for n in range(1, len(answers) + 1)]
     return list(zip(titles, answers, strict=True))
-
-
-def _epochs(config: Any, unit: str, count: int, tokens: int, measured: Measured) -> list[str]:
-    """Steps, tokens and time of training on given rows."""
-    steps, batch = config.steps or max(1, round(config.epochs * count / config.batch)), min(config.batch, count)
-    few = f" (batch {config.batch} is more than there are)" if batch < config.batch else ""
-    each = tokens / count * batch
-    seconds = steps * each * measured.seconds
-    return [
-        f"steps      {steps} of {batch} {unit}{few}: about {each:,.0f} tokens a step, {steps * batch / count:.1f} passes over the {count:,} {unit}",
-        f"time       about {duration(seconds)}: {1 / measured.seconds:,.0f} tokens a second on a trial of {measured.tokens:,}; evaluations come on top",
-    ]
 
 
 def _shown(examples: Sequence[str]) -> list[str]:
@@ -291,9 +303,9 @@ def _asked(prompt: Prompt, tokenizer: Any) -> str:
     return f"{len(prompt.tokens)} tokens, a prompt; every token of an answer is trained\n{tokenizer.decode(list(prompt.tokens))}"
 
 
-def _rehearsed(config: Any, found: Opened, prompts: Sequence[Prompt], penalty: float = 0.0, clip: float | None = None) -> str:
+def _rehearsed(config: Any, found: Opened, prompts: Sequence[Prompt]) -> str:
     """The reward is asked once, about short answers of the model as it is, so that its mistakes show here."""
-    judged = scoring(config.reward, found.tokenizer, found.device, missing_stop_penalty=penalty, clip=clip)
+    judged = scoring(config.reward, found.tokenizer, found.device)
     earned = rehearse(judged, Sampler(found.lm, found.tokenizer, sampling_of(config.sampling, found.render), seed=config.seed), prompts)
     judged.close()
     return _earned(earned)

@@ -87,8 +87,7 @@ def run(config: Config, start: Start = NEW) -> Result:
     if config.lora is not None:
         opening.adapted(model.model, config.lora)
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch))
-    reader: Reader = SpanScores(model, words.pad_token_id) if "span" in row.needs else EndScores(model, along=config.span > 0)
-    views = (1 - config.span, config.span) if config.span else (1.0,)
+    reader, views = reading(config, row, model, words.pad_token_id)
     optimizer, stream = Optimizer(model, config.optimizer.settings(), steps), Stream(train, config.seed)
     label = "rm" if config.algorithm == "reward_model" else judging.stem(name)
     held_row, batch, autocast = Held(row), min(config.batch, len(train)), opening.precision(config, device)
@@ -122,6 +121,12 @@ def run(config: Config, start: Start = NEW) -> Result:
         )
         scale = (lambda: run.journal.note(normalise(model, train, config.micro_tokens))) if config.normalise else (lambda: None)
         return run.finish(before, after, at=step, prepare=scale)
+
+
+def reading(config: Config, row: Preference, model: RewardModel, padding: int) -> tuple[Reader, Sequence[float]]:
+    """What the row reads of the model's scores, and the share of each view in the loss."""
+    reader: Reader = SpanScores(model, padding) if "span" in row.needs else EndScores(model, along=config.span > 0)
+    return reader, (1 - config.span, config.span) if config.span else (1.0,)
 
 
 def measure(reader: Reader, row: Preference, examples: Sequence[Judged], micro_tokens: int) -> dict[str, float]:

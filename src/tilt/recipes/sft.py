@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from tilt.learning.evaluation import likelihood
 from tilt.learning.learner import Learner, Passes
+from tilt.models.policy import Policy
 from tilt.objectives import Imitate, Objective
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import opening, planning
@@ -132,15 +133,24 @@ def _measure(
     if not held_out:
         return dict
     given = render.demonstrations(held_out)
-    stops = render.stop_ids if config.data.train_on == "completion" else ()
-    likely = partial(likelihood, learner.policy, given, config.micro_tokens, stops, learner.autocast)
+    likely = partial(likelihood, learner.policy, given, config.micro_tokens, stops_of(config, render), learner.autocast)
     if judged is None:
         return likely
-    trial = Trial.of(
-        learner.policy, tokenizer, render.prompts(held_out), judged, sampling_of(config.sampling, render), config.eval,
+    trial = trial_of(config, learner.policy, tokenizer, render, held_out, judged)
+    return lambda: likely() | trial().metrics
+
+
+def stops_of(config: Config, render: Any) -> Sequence[int]:
+    """The tokens that end an answer, where answers alone are trained."""
+    return render.stop_ids if config.data.train_on == "completion" else ()  # type: ignore[no-any-return]
+
+
+def trial_of(config: Config, policy: Policy, tokenizer: Any, render: Any, held_out: list[dict[str, Any]], judged: Scoring) -> Trial:
+    """How the held-out prompts are answered and scored."""
+    return Trial.of(
+        policy, tokenizer, render.prompts(held_out), judged, sampling_of(config.sampling, render), config.eval,
         seed=config.seed, slots=config.sampling.slots, cache=config.sampling.cache,
     )  # fmt: skip
-    return lambda: likely() | trial().metrics
 
 
 def plan(config: Config) -> list[str]:
