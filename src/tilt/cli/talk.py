@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ class Speaker:
 
 def folder_of(model: str) -> str:
     """A run's directory stands for its last checkpoint."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if (path / "checkpoints").is_dir() and not (path / "config.json").exists():
         return str(checkpoints.latest(path / "checkpoints"))
     return model

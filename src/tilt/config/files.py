@@ -19,6 +19,8 @@ from tilt.errors import UsageError
 
 Key = tuple[str, ...]
 MOST_NODES = 100_000  # an alias of an alias of an alias … can stand for billions of values
+MOST_DEPTH = 100
+MOST_BYTES = 4_000_000
 
 SCALARS = {
     "null": (r"~|null|Null|NULL|", "~nN\0"),
@@ -59,7 +61,14 @@ _Dumper.add_representer(str, _text)
 
 def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = node.value.replace("_", "")
-    return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)
+    return _bounded(int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10))
+
+
+def _bounded(number: int) -> int:
+    """Whole numbers that a machine can count with."""
+    if not -(2**63) <= number < 2**63:
+        raise ValueError("a whole number of more than 18 digits")
+    return number
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
@@ -88,10 +97,12 @@ def _merge(into: dict[str, Any], later: Mapping[str, Any]) -> None:
 
 def read_file(path: Path) -> Document:
     """The values of a .yaml, .yml, .json or .toml file."""
-    if not path.is_file():
-        near = nearest(path.name, [p.name for p in path.parent.iterdir() if p.is_file()]) if path.parent.is_dir() else None
-        raise UsageError(f"no such file: {path}" + (f"\ndid you mean {path.parent / near}?" if near else ""))
     try:
+        if not path.is_file():
+            near = nearest(path.name, [p.name for p in path.parent.iterdir() if p.is_file()]) if path.parent.is_dir() else None
+            raise UsageError(f"no such file: {path}" + (f"\ndid you mean {path.parent / near}?" if near else ""))
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise UsageError(f"{path}: {size:,} bytes are no recipe; at most {MOST_BYTES:,}")
         text = path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from None
@@ -127,6 +138,8 @@ def _from_yaml(text: str, name: str, document: Document) -> Any:
         raise UsageError(f"{name}{line}: not valid YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{name}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise UsageError(f"{name}: not valid YAML here: brackets within brackets within brackets, hundreds of them") from None
 
 
 def _build(loader: Any, node: yaml.Node, path: Key, document: Document, name: str, above: list[yaml.Node], count: list[int]) -> Any:
@@ -135,12 +148,17 @@ def _build(loader: Any, node: yaml.Node, path: Key, document: Document, name: st
     count[0] += 1
     if any(node is other for other in above) or count[0] > MOST_NODES:
         raise UsageError(f"{at}: an alias that contains itself, or more than {MOST_NODES} values")
+    if len(above) > MOST_DEPTH:
+        raise UsageError(f"{at}: values within values within values, more than {MOST_DEPTH} deep")
     if not isinstance(node, yaml.ScalarNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
         raise UsageError(f"{at}: not valid YAML here: the tag {node.tag}")
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, child, (*path, str(i)), document, name, [*above, node], count) for i, child in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+        try:
+            return loader.construct_object(node)
+        except ValueError as error:
+            raise UsageError(f"{at}: not valid here: {error}") from None
     seen: dict[str, int] = {}
     for key, _ in node.value:
         line = key.start_mark.line + 1
@@ -160,7 +178,8 @@ def _build(loader: Any, node: yaml.Node, path: Key, document: Document, name: st
 def _read_toml(text: str, name: str) -> Document:
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        _check(values, 0)
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{name}: not valid TOML: {error}") from None
     document = Document(values)
     table: Key = ()
@@ -171,6 +190,16 @@ def _read_toml(text: str, name: str) -> Document:
         elif key := re.match(r"\s*([\w\-. \"']+?)\s*=", line):
             document.origins[table + _dotted(key[1])] = f"{name}:{number}"
     return document
+
+
+def _check(value: Any, depth: int) -> None:
+    """No number too large, no nesting too deep."""
+    if depth > MOST_DEPTH:
+        raise ValueError(f"values within values within values, more than {MOST_DEPTH} deep")
+    if isinstance(value, int):
+        _bounded(value)
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check(inner, depth + 1)
 
 
 def _dotted(text: str) -> Key:

@@ -47,8 +47,7 @@ def message(value: Any, where: str, roles: Mapping[str, str] = ROLES) -> Message
     if isinstance(content, list):
         content = "".join(_part(part, where) for part in content)
     if not content and value.get("tool_calls"):
-        calls = value["tool_calls"]
-        content = "\n".join(json.dumps(call.get("function", call), ensure_ascii=False) for call in calls)
+        content = "\n".join(_call(call, where) for call in _listed(value["tool_calls"], "tool_calls", where))
     if not isinstance(content, str):
         raise DataError(f"{where}: the content of a {spelled} turn is {type(content).__name__}, not text: {str(content)[:80]}")
     return {"role": role, "content": content}
@@ -63,13 +62,36 @@ def _part(part: Any, where: str) -> str:
     raise DataError(f"{where}: a turn has a part of type {kind!r}; only text is read")
 
 
+def _call(call: Any, where: str) -> str:
+    """A tool call as JSON: what its `function` says, or the whole."""
+    if not isinstance(call, Mapping):
+        raise DataError(f"{where}: a tool call is {type(call).__name__}, not an object: {str(call)[:80]!r}")
+    try:
+        return json.dumps(call.get("function", call), ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: a tool call cannot be written as JSON: {error}") from None
+
+
+def _listed(value: Any, name: str, where: str) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"{where}: {name} is {type(value).__name__}, not a list: {str(value)[:80]!r}")
+    return value
+
+
+def from_json(text: str, what: str, where: str) -> Any:
+    """What a cell spells in JSON (as in csv files)."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: broken JSON in {what}: {error.msg} at character {error.pos}") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{where}: JSON in {what} with thousands of digits or of brackets: {text[:80]!r}") from None
+
+
 def messages(value: Any, where: str, roles: Mapping[str, str] = ROLES) -> list[Message]:
     """A list of turns; a JSON string of one (as in csv files) and a single turn serve too."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: broken JSON in a conversation: {error.msg} at character {error.pos}") from None
+        value = from_json(value, "a conversation", where)
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, (list, tuple)) or not value:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tilt.data import conversations as talk
-from tilt.data.shapes import SHAPES, Kind, Reader, Shape, Want
+from tilt.data.shapes import RANKED, SHAPES, TURNS, Kind, Reader, Shape, Want
 from tilt.data.sources import Row, rename
 from tilt.errors import DataError
 
@@ -60,6 +59,8 @@ def read(
     if not rows:
         raise DataError(f"{source or 'the data'} has no rows")
     rows = rename(rows, columns or {}, source or "the data")
+    if own := next((name for name in (RANKED, TURNS) if any(name in row for row in rows)), None):
+        raise DataError(f"{source or 'the data'} has a column {own!r}, which is a name that Tilt gives itself\n  call it something else")
     shape = recognise(rows, want, source)
     reader = Reader(source, {**talk.ROLES, **(roles or {})}, Counter())
     dropped = {"messages", "conversations", "tools", *(("prompt", "completion") if shape.kind == "messages" else ())}
@@ -109,11 +110,10 @@ def readings(rows: Sequence[Row]) -> list[Want]:
 def _tools(row: Row, where: str) -> Row:
     """The `tools` column as a list; it may be a JSON string, and an empty list means none."""
     tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: broken JSON in tools: {error.msg} at character {error.pos}") from None
+    if isinstance(tools, str):
+        tools = talk.from_json(tools, "tools", where) if tools.strip() else None
+    if tools and (not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools)):
+        raise DataError(f"{where}: tools must be a list of objects, got {str(tools)[:80]}")
     return {"tools": tools} if tools else {}
 
 

@@ -9,19 +9,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
+from tilt.data import trial
 from tilt.data.conversations import Message, plain_text
 from tilt.data.rollouts import Prompt, Rollout
-from tilt.data.shapes import RANKED
+from tilt.data.shapes import RANKED, TURNS
 from tilt.data.sources import Row
-from tilt.data.templates import NAMES, chat_template, opens_with_bos
+from tilt.data.templates import NAMES, chat_template, is_bundled, opens_with_bos
 from tilt.errors import DataError, UsageError
 
 TrainOn = Literal["completion", "assistant", "all"]
 OverLength = Literal["drop", "truncate"]
 Made = TypeVar("Made")
 _MARK = "\u241fturn{}\u241f"
-TURNS = "prompt_turns"
-"""The column that holds a conversational prompt turn by turn; `prompt` beside it is the same as one text."""
 
 
 class TooLong(DataError):
@@ -94,7 +93,7 @@ class Renderer:
 
     def literal(self, text: str) -> list[int]:
         """The same for a text that nobody vouches for: a control token spelled in it stays text."""
-        return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)]
+        return encoded(self.tokenizer, text, split_special_tokens=True)
 
     # --- many rows --------------------------------------------------------------------------------------------------------
 
@@ -140,12 +139,14 @@ class Renderer:
     # --- text to tokens ---------------------------------------------------------------------------------------------------
 
     def _encode(self, text: str) -> list[int]:
-        return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False)]
+        return encoded(self.tokenizer, text)
 
     def _render(self, turns: Sequence[Message], tools: Any = None, answer_next: bool = False) -> str:
         """A conversation as text under the template."""
         try:
             return render_chat(self.tokenizer, turns, tools, answer_next)
+        except UsageError:
+            raise
         except Exception as error:  # Jinja raises its own kinds, templates raise through raise_exception
             roles = ", ".join(turn["role"] for turn in turns)
             raise DataError(
@@ -335,10 +336,32 @@ def _turns(side: str | list[Message], role: str) -> list[Message]:
 
 
 def render_chat(tokenizer: Any, turns: Sequence[Mapping[str, Any]], tools: Any, answer_next: bool) -> str:
-    """A conversation as text; the one place that calls the tokenizer's template."""
-    return str(
-        tokenizer.apply_chat_template(list(turns), tools=tools, tokenize=False, add_generation_prompt=answer_next, return_dict=False)
-    )
+    """A conversation as text; the one place that calls the tokenizer's template, in transformers' sandbox and in bounded time."""
+    template = tokenizer.chat_template
+    for text in template.values() if isinstance(template, Mapping) else [template]:
+        if not isinstance(text, str):
+            raise UsageError(f"the tokenizer's chat template is {type(text).__name__}, not text")
+        if text not in trial.PASSED and is_bundled(text, tokenizer):
+            trial.PASSED.add(text)
+        trial.check(text)
+    try:
+        with trial.in_time():
+            made = str(
+                tokenizer.apply_chat_template(list(turns), tools=tools, tokenize=False, add_generation_prompt=answer_next, return_dict=False)
+            )
+    except trial.Endless:
+        raise DataError(f"the chat template does not come to its end within {trial.SECONDS:g} s") from None
+    if len(made) > trial.MOST_TEXT + trial.MOST_GROWTH * sum(len(str(turn)) for turn in turns):
+        raise DataError(f"the chat template makes {len(made):,} characters of a conversation")
+    return made
+
+
+def encoded(tokenizer: Any, text: str, **how: bool) -> list[int]:
+    """The tokens of a text, no special ones added; a text that the tokenizer cannot take is an error that shows it."""
+    try:
+        return [int(i) for i in tokenizer.encode(text, add_special_tokens=False, **how)]
+    except Exception as error:  # tokenizers raise their own kinds, for half characters and for words without an <unk>
+        raise DataError(f"the tokenizer cannot read a text: {str(error).splitlines()[0][:200]}\n  the text: {ascii(text[:100])}") from None
 
 
 def renderer(

@@ -66,12 +66,13 @@ def _alpaca_prompt(row: Row, number: int, reader: Reader) -> str | list[talk.Mes
     asked = reader.text(row, "instruction", number) + ("\n\n" + extra if extra else "")
     if not row.get("system") and not row.get("history"):
         return asked
-    earlier = [
-        {"role": role, "content": said}
-        for exchange in row.get("history") or ()
-        for role, said in zip(("user", "assistant"), exchange, strict=True)
-    ]
-    return _with_system(row, [*earlier, {"role": "user", "content": asked}])
+    earlier: list[talk.Message] = []
+    history = row.get("history") or ()
+    for exchange in history if isinstance(history, (list, tuple)) else (history,):
+        if not isinstance(exchange, (list, tuple)) or len(exchange) != 2 or not all(isinstance(said, str) for said in exchange):
+            raise DataError(f"{reader.where(number)}: history must be a list of pairs [question, answer], got {str(exchange)[:80]}")
+        earlier += [{"role": role, "content": said} for role, said in zip(("user", "assistant"), exchange, strict=True)]
+    return _with_system(row, [*earlier, {"role": "user", "content": asked}], number, reader)
 
 
 def _prompt_completion(row: Row, number: int, reader: Reader) -> Row:
@@ -102,14 +103,16 @@ def _svamp(row: Row, number: int, reader: Reader) -> Row:
     return {"prompt": f"{body}{stop} {question}".strip(), "completion": gold, "gold": gold}
 
 
-def _with_system(row: Row, turns: list[talk.Message]) -> list[talk.Message]:
-    return [{"role": "system", "content": row["system"]}, *turns] if row.get("system") and turns[0]["role"] != "system" else turns
+def _with_system(row: Row, turns: list[talk.Message], number: int, reader: Reader) -> list[talk.Message]:
+    if not row.get("system") or turns[0]["role"] == "system":
+        return turns
+    return [{"role": "system", "content": reader.text(row, "system", number)}, *turns]
 
 
 def _conversation(column: str) -> Convert:
     def convert(row: Row, number: int, reader: Reader) -> Row | None:
         """Turns up to the last answer; a row without an answer is left out."""
-        turns = _with_system(row, reader.turns(row, column, number))
+        turns = _with_system(row, reader.turns(row, column, number), number, reader)
         while turns and turns[-1]["role"] != "assistant":
             turns = turns[:-1]
         if not turns:
@@ -123,7 +126,7 @@ def _conversation(column: str) -> Convert:
 def _prompt_turns(column: str) -> Convert:
     def convert(row: Row, number: int, reader: Reader) -> Row | None:
         """What comes before the last answer, or the whole where the last word is not the assistant's."""
-        turns = _with_system(row, reader.turns(row, column, number))
+        turns = _with_system(row, reader.turns(row, column, number), number, reader)
         if turns[-1]["role"] != "assistant":
             return {"prompt": turns}
         if len(turns) == 1:
@@ -252,7 +255,7 @@ def _alpaca_pair(row: Row, number: int, reader: Reader) -> Row:
 
 def _conversation_pair(column: str) -> Convert:
     def convert(row: Row, number: int, reader: Reader) -> Row | None:
-        prompt = _with_system(row, reader.turns(row, column, number))
+        prompt = _with_system(row, reader.turns(row, column, number), number, reader)
         sides = [reader.side(row, name, number) for name in ("chosen", "rejected")]
         turns = [[{"role": "assistant", "content": side}] if isinstance(side, str) else side for side in sides]
         if prompt[-1]["role"] == "assistant":
@@ -322,6 +325,8 @@ def _question(row: Row, number: int, reader: Reader) -> Row:
 
 RANKED = "ranked_answers"
 """The column that holds all answers of a ranking, best first."""
+TURNS = "prompt_turns"
+"""The column that holds a conversational prompt turn by turn; `prompt` beside it is the same as one text."""
 
 PAIRS = (
     Shape(("prompt", "chosen", "rejected"), "prompt explicit", "preference", _explicit),

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from tilt.errors import DataError, UsageError
 
 Row = dict[str, Any]
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+MOST_GROWTH, SMALL = 300, 2**26
+HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of half a surrogate pair; two together are one character
 NOT_DATA = ("SOURCE.json", "dataset_info.json", "dataset_infos.json")
 
 
@@ -44,13 +47,18 @@ def load(spec: str, *, columns: Mapping[str, str] | None = None, limit: int | No
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, got {limit}")
-    paths, by_line = _resolve(spec)
+    if "\0" in spec:
+        raise DataError(f"a file's name cannot hold a NUL character: {spec[:200]!r}")
     rows: list[Row] = []
-    for path in paths:
-        rows += _read(path, by_line or lines)
-        if limit is not None and len(rows) >= limit:
-            rows = rows[:limit]
-            break
+    try:
+        paths, by_line = _resolve(spec)
+        for path in paths:
+            rows += _read(path, by_line or lines)
+            if limit is not None and len(rows) >= limit:
+                rows = rows[:limit]
+                break
+    except OSError as error:
+        raise DataError(f"cannot read {spec[:200]}: {error.strerror or error}") from None
     if not rows:
         raise DataError(f"{spec} is empty: no rows in {', '.join(str(path) for path in paths)}")
     return Source(spec, rename(rows, columns or {}, spec), tuple(paths))
@@ -80,7 +88,7 @@ def _resolve(spec: str) -> tuple[list[Path], bool]:
     """The files that a spec names, and whether each line of them is a row."""
     if spec.startswith("hf:"):
         return _hub(spec), False
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if path.is_dir():
         return _folder(path), False
     if path.exists():
@@ -145,34 +153,61 @@ def _read(path: Path, lines: bool) -> list[Row]:
 
 def _text(path: Path) -> str:
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return data.decode("utf-8-sig")
+        return (_unpacked(path) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}\n  save it as UTF-8") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a whole gzip file: {error}") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _unpacked(path: Path) -> bytes:
+    """The content of a .gz file. Text packs to a tenth or a fiftieth of its size; what grows far beyond that was made to fill the memory."""
+    most = max(SMALL, MOST_GROWTH * path.stat().st_size)
+    with gzip.open(path) as stream:
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise DataError(f"{path} unpacks to more than {MOST_GROWTH} times its size: no text does\n  unpack it and look at it")
+    return data
 
 
 def _json(path: Path, text: str, by_line: bool) -> list[Row]:
     """One object a line, or in a `.json` file also one list of objects."""
     if not by_line:
         try:
-            whole = json.loads(text)
-            return _objects(path, whole if isinstance(whole, list) else [whole])
+            whole = json.loads(text, object_pairs_hook=_once)
+            return _objects(path, whole if isinstance(whole, list) else [whole], text)
         except json.JSONDecodeError as error:
             if error.msg != "Extra data" or text.lstrip()[0] == "[":  # else one object a line: the first was read, more follow
                 raise DataError(_broken(path, text.split("\n")[error.lineno - 1], error.lineno, error)) from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: {_unfit(error)}") from None
     numbered = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return _objects(path, [_parse(path, line, n) for n, line in numbered], [n for n, _ in numbered])
+    return _objects(path, [_parse(path, line, n) for n, line in numbered], text, [n for n, _ in numbered])
 
 
 def _parse(path: Path, line: str, number: int) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise DataError(_broken(path, line, number, error)) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: line {number}: {_unfit(error)}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Row:
+    """An object whose keys are all different."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is set twice in one object; keep one")
+    return found
+
+
+def _unfit(error: Exception) -> str:
+    """What JSON can spell and Tilt does not read."""
+    if isinstance(error, RecursionError):
+        return "brackets within brackets within brackets, hundreds of them"
+    return "a whole number of thousands of digits" if "digits" in str(error) else str(error)
 
 
 def _broken(path: Path, line: str, number: int, error: json.JSONDecodeError) -> str:
@@ -183,11 +218,16 @@ def _broken(path: Path, line: str, number: int, error: json.JSONDecodeError) -> 
     return f"{path}: broken JSON at line {number}, column {error.colno}: {error.msg}\n  {shown}\n  {' ' * (column - first)}^"
 
 
-def _objects(path: Path, values: Any, numbers: Sequence[int] | None = None) -> list[Row]:
+def _objects(path: Path, values: Any, text: str, numbers: Sequence[int] | None = None) -> list[Row]:
+    halves = HALVES.search(text) is not None
     for i, value in enumerate(values):
+        where = f"line {numbers[i]}" if numbers else f"row {i}"
         if not isinstance(value, dict):
-            where = f"line {numbers[i]}" if numbers else f"row {i}"
             raise DataError(f"{path}: {where} is {type(value).__name__}, not an object with columns: {json.dumps(value)[:80]}")
+        if halves and (half := re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False))):
+            raise DataError(
+                f"{path}: {where} holds half of a character, \\u{ord(half[0]):04x}: a text was cut within it\n  leave it out, or write the whole character"
+            )
     return list(values)
 
 
@@ -218,8 +258,8 @@ def _parquet(path: Path) -> list[Row]:
 
     try:
         return list(pyarrow.parquet.read_table(path).to_pylist())
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:  # of damaged pages, of texts that are not UTF-8, of dates beyond Python's
+        raise DataError(f"{path} is not a readable parquet file: {(str(error) or type(error).__name__).splitlines()[0][:200]}") from None
 
 
 def _hub(spec: str) -> list[Path]:
@@ -228,6 +268,8 @@ def _hub(spec: str) -> list[Path]:
     name, _, config = name.partition(":")
     if name.count("/") != 1 or not all(name.split("/")):
         raise DataError(f"{spec}: expected hf:org/name[:config][@split], for example hf:openai/gsm8k:main@test")
+    if odd := next((part for part in (*name.split("/"), config, split) if part and not re.fullmatch(r"\w[\w.+-]*", part)), None):
+        raise DataError(f"{spec}: {odd!r} cannot be part of a hub name: letters, digits, `_`, `-`, `+` and `.` only")
     from huggingface_hub import snapshot_download
 
     split = split or "train"

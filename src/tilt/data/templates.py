@@ -48,6 +48,11 @@ def chat_template(name: str, tokenizer: Any) -> str:
     return opening + text.replace("END", end)
 
 
+def is_bundled(template: str, tokenizer: Any) -> bool:
+    """Whether this text is one of the three, for this tokenizer."""
+    return any(template == chat_template(name, tokenizer) for name in NAMES)
+
+
 def opens_with_bos(tokenizer: Any) -> bool:
     """Whether this tokenizer puts its start token before plain text."""
     start = tokenizer.bos_token_id

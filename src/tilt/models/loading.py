@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def load(
     `tokenizer` names another folder or hub name to take the tokenizer from.
     """
     compat.quiet()
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     adapter = folder if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists() else None
     name = located(model if adapter is None else adapters.adapter_base(adapter))
     lm, lacking = reading(name, lambda: compat.read_causal_lm(name, dtype))
@@ -89,7 +90,7 @@ def _complete(name: str, lacking: list[str], what: str, mend: str) -> None:
 def read_tokenizer(name: str | Path) -> Any:
     """A tokenizer from a folder or hub name. A folder without one is refused: transformers would make up an empty one from the model's type."""
     compat.quiet()
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken")):
         raise UsageError(
             f"tokenizer {folder}: the folder holds no tokenizer (tokenizer.json).\nName one: `tokenizer: FOLDER`, or save it there with save_pretrained."
@@ -181,7 +182,7 @@ def padded_tokenizer(tokenizer: Any) -> Any:
 
 def located(model: str | Path) -> str:
     """The folder's path, the last checkpoint of a run's directory, or the hub's name; what does not exist, or is no model, is refused."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         if not (path / "config.json").exists():
             if saved := sorted(path.glob("checkpoints/step_*"), key=lambda folder: (len(folder.name), folder.name)):

@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tilt.data.conversations import plain_text
-from tilt.data.rendering import TURNS
-from tilt.data.shapes import RANKED
+from tilt.data.shapes import RANKED, TURNS
 from tilt.errors import DataError
 from tilt.models.saving import fingerprint
 from tilt.recipes import opening, planning

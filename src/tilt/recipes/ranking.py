@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tilt.data.rendering import TURNS
+from tilt.data.shapes import TURNS
 from tilt.data.rollouts import Prompt, Rollout
 from tilt.errors import DataError
 from tilt.models.saving import fingerprint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Mapping
@@ -109,7 +110,7 @@ def origin(algorithm: str) -> Origin:
     path, _, name = algorithm.rpartition(":")
     if not path:
         return Origin(algorithm)
-    source = Path(path).expanduser().resolve()
+    source = Path(os.path.expanduser(path)).resolve()
     return Origin(name, str(source), hashlib.sha256(source.read_bytes()).hexdigest())
 
 
@@ -165,7 +166,7 @@ def _kind(value: object) -> str:
 
 def import_file(path: Path) -> ModuleType:
     """A Python file as a module; one that is missing or fails is a UsageError with its line."""
-    file = path.expanduser().resolve()
+    file = Path(os.path.expanduser(path)).resolve()
     if not file.is_file():
         raise VariantError(f"no such file: {path}")
     name = f"tilt_file_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"

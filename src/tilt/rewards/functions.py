@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import math
 import numbers as kinds
+import os
 import sys
 import threading
 import traceback
@@ -197,7 +198,7 @@ def locate(reference: str, base: Path = Path()) -> tuple[Path, str]:
     file, colon, name = reference.rpartition(":")
     if not colon or not file.endswith(".py") or not name.isidentifier():
         raise UsageError(f"'{reference}' does not name a reward function: write file.py:func.")
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     path = (path if path.is_absolute() else base / path).resolve()
     if not path.is_file():
         raise UsageError(f"there is no reward file {path} (from '{reference}').")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from tilt.data.packing import pack
-from tilt.data.rendering import TURNS, Renderer
+from tilt.data.rendering import Renderer
+from tilt.data.shapes import TURNS
 from tilt.data.rollouts import Rollout
 from tilt.errors import NumericError
 from tilt.models.policy import RewardModel
