@@ -7,6 +7,11 @@ class TiltError(Exception):
     exit_code = 1
 
 
+def is_foreign(error: BaseException) -> bool:
+    """Whether this came out of a library that could not read what it was given: an exception, or a panic of Rust code, which is none of Python's exceptions."""
+    return not isinstance(error, TiltError) and (isinstance(error, Exception) or type(error).__name__ == "PanicException")
+
+
 class UsageError(TiltError):
     """The configuration or the command is wrong (exit code 2)."""
 

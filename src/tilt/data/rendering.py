@@ -15,7 +15,7 @@ from tilt.data.rollouts import Prompt, Rollout
 from tilt.data.shapes import RANKED, TURNS
 from tilt.data.sources import Row
 from tilt.data.templates import NAMES, chat_template, is_bundled, opens_with_bos
-from tilt.errors import DataError, UsageError
+from tilt.errors import DataError, UsageError, is_foreign
 
 TrainOn = Literal["completion", "assistant", "all"]
 OverLength = Literal["drop", "truncate"]
@@ -54,8 +54,7 @@ class Renderer:
     report: Counter[str] = field(default_factory=Counter, compare=False)
 
     def __post_init__(self) -> None:
-        if self.tokenizer.eos_token_id is None:
-            raise UsageError("the tokenizer has no end token (eos_token), so an answer could never end; set one")
+        _ends(self.tokenizer)
         if self.chat and not self.tokenizer.chat_template:
             raise UsageError(NO_TEMPLATE)
 
@@ -143,15 +142,7 @@ class Renderer:
 
     def _render(self, turns: Sequence[Message], tools: Any = None, answer_next: bool = False) -> str:
         """A conversation as text under the template."""
-        try:
-            return render_chat(self.tokenizer, turns, tools, answer_next)
-        except UsageError:
-            raise
-        except Exception as error:  # Jinja raises its own kinds, templates raise through raise_exception
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise DataError(
-                f"the chat template refuses a conversation with the turns {roles}: {error}\n  choose template: {' | '.join(NAMES)}"
-            ) from None
+        return render_chat(self.tokenizer, turns, tools, answer_next)
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
@@ -351,6 +342,12 @@ def render_chat(tokenizer: Any, turns: Sequence[Mapping[str, Any]], tools: Any, 
             )
     except trial.Endless:
         raise DataError(f"the chat template does not come to its end within {trial.SECONDS:g} s") from None
+    except Exception as error:  # Jinja raises its own kinds, templates raise through raise_exception
+        roles = ", ".join(turn["role"] for turn in turns)
+        said = str(error)[:300] or type(error).__name__
+        raise DataError(
+            f"the chat template refuses a conversation with the turns {roles}: {said}\n  choose template: {' | '.join(NAMES)}"
+        ) from None
     if len(made) > trial.MOST_TEXT + trial.MOST_GROWTH * sum(len(str(turn)) for turn in turns):
         raise DataError(f"the chat template makes {len(made):,} characters of a conversation")
     return made
@@ -360,8 +357,16 @@ def encoded(tokenizer: Any, text: str, **how: bool) -> list[int]:
     """The tokens of a text, no special ones added; a text that the tokenizer cannot take is an error that shows it."""
     try:
         return [int(i) for i in tokenizer.encode(text, add_special_tokens=False, **how)]
-    except Exception as error:  # tokenizers raise their own kinds, for half characters and for words without an <unk>
-        raise DataError(f"the tokenizer cannot read a text: {str(error).splitlines()[0][:200]}\n  the text: {ascii(text[:100])}") from None
+    except BaseException as error:  # tokenizers raise their own kinds, for half characters and for words without an <unk>
+        if not is_foreign(error):
+            raise
+        raise DataError(f"the tokenizer cannot read a text: {(str(error).splitlines() or [type(error).__name__])[0][:200]}\n  the text: {ascii(text[:100])}") from None
+
+
+def _ends(tokenizer: Any) -> None:
+    """Refuse a tokenizer without an end token."""
+    if tokenizer.eos_token_id is None or not tokenizer.eos_token:
+        raise UsageError("the tokenizer has no end token (eos_token), so an answer could never end; set one")
 
 
 def renderer(
@@ -378,6 +383,7 @@ def renderer(
 
     A named template is set on the tokenizer, so that what a run saves carries it.
     """
+    _ends(tokenizer)
     if template == "auto":
         if conversational and not tokenizer.chat_template:
             raise UsageError(NO_TEMPLATE)

@@ -11,7 +11,7 @@ import sys
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS, MEMORY, TEXT = 5, 2**30, 1_000_000
+SECONDS, MEMORY, TEXT = 2, 2**30, 1_000_000
 TURNS = [{"role": role, "content": "What is 2 + 2?\n" * 4} for role in ("user", "assistant")]
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}]
 CONVERSATIONS = [TURNS[:1], [{"role": "system", "content": "s"}, *TURNS], TURNS * 8, []]

@@ -29,7 +29,10 @@ def stored_batch(run: Path, step: int | None) -> tuple[Batch, int]:
     number = full[-1] if step is None else step
     if number not in full:
         raise DataError(f"{folder} holds no token channels of step {number}; it holds those of {', '.join(map(str, full))}")
-    return batch_of(rollout_store.read(rollout_store.path_of(folder, number))), number
+    rows = rollout_store.read(rollout_store.path_of(folder, number))
+    if not any(sum(row["mask"]) for row in rows):
+        raise DataError(f"{rollout_store.path_of(folder, number)} holds no sampled token")
+    return batch_of(rows), number
 
 
 def batch_of(rows: list[dict[str, Any]]) -> Batch:

@@ -16,6 +16,10 @@ from transformers import logging as transformers_logging
 from tilt.models.attention import NAME, Attend
 
 
+SAFE: Mapping[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+"""No pickle is read, and no code of a checkpoint is run."""
+
+
 def quiet() -> None:
     """No progress bars and no advice from transformers while weights are read and written."""
     transformers_logging.disable_progress_bar()
@@ -39,22 +43,37 @@ def classifier_from_config(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 def read_causal_lm(model: str, dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
     """A causal LM from a folder or hub name in this dtype (never the checkpoint's), and the names of weights that the files lack."""
-    lm, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+    lm, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True, **SAFE)
     return lm, sorted(info["missing_keys"]) + sorted(str(k) for k in info.get("mismatched_keys", ()))
 
 
 def read_classifier(model: str, dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
     """A sequence classifier with one label from a folder or hub name, and the names of weights that the files lack."""
-    classifier, info = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype, num_labels=1, output_loading_info=True)
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(
+        model, dtype=dtype, num_labels=1, output_loading_info=True, **SAFE
+    )
     return classifier, sorted(info["missing_keys"]) + sorted(str(k) for k in info.get("mismatched_keys", ()))
 
 
 def read_tokenizer(model: str) -> Any:
-    return AutoTokenizer.from_pretrained(model)
+    return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
 
 def read_config(model: str) -> Any:
-    return AutoConfig.from_pretrained(model)
+    return AutoConfig.from_pretrained(model, trust_remote_code=False)
+
+
+def size_of(model: str) -> int | None:
+    """How many numbers the configuration of a causal LM or a classifier describes, without allocating them; None where it describes no model at all."""
+    config = read_config(model)
+    kinds = [AutoModelForCausalLM, AutoModelForSequenceClassification]
+    if any("SequenceClassification" in str(name) for name in getattr(config, "architectures", None) or ()):
+        kinds.reverse()
+    for kind in kinds:
+        if type(config) in kind._model_mapping:
+            with torch.device("meta"):
+                return sum(p.numel() for p in kind.from_config(config).parameters())
+    return None
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, answer_next: bool) -> list[int]:

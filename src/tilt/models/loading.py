@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from tilt.errors import UsageError
-from tilt.models import adapters, compat
+from tilt.errors import UsageError, is_foreign
+from tilt.models import adapters, compat, vetting
 from tilt.models.agreement import note, settle
 from tilt.models.policy import RewardModel
 
@@ -40,14 +39,16 @@ def load(
     compat.quiet()
     folder = Path(os.path.expanduser(model))
     adapter = folder if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists() else None
-    name = located(model if adapter is None else adapters.adapter_base(adapter))
+    if adapter is not None:
+        vetting.check_adapter(adapter)
+    name = vetted(model if adapter is None else adapters.adapter_base(adapter))
     lm, lacking = reading(name, lambda: compat.read_causal_lm(name, dtype))
     _complete(name, lacking, "a causal LM", "Is it a classifier or an encoder? Give a causal language model.")
     if adapter is not None:
         merged = adapter
         lm = reading(str(adapter), lambda: adapters.merge_adapter(lm, merged))
     words = str(adapter) if adapter is not None and (adapter / "tokenizer_config.json").exists() else name
-    return ready(lm.to(device)), _tokenizer(words if tokenizer is None else str(tokenizer), lm)
+    return reading(name, lambda: ready(lm.to(device))), _tokenizer(words if tokenizer is None else str(tokenizer), lm)
 
 
 def load_reward_model(
@@ -55,7 +56,7 @@ def load_reward_model(
 ) -> tuple[RewardModel, Any]:
     """A sequence classifier with one label, of any architecture, and its own tokenizer."""
     compat.quiet()
-    name = located(model)
+    name = vetted(model)
     labels = reading(name, lambda: compat.read_config(name)).num_labels
     classifier, lacking = reading(name, lambda: compat.read_classifier(name, dtype))
     _complete(
@@ -64,7 +65,7 @@ def load_reward_model(
         "a reward model",
         f"Its configuration has {labels} labels. Train one with `tilt rm`, or give a sequence classifier with one label.",
     )
-    return RewardModel(ready(classifier.to(device))), _tokenizer(name, classifier)
+    return RewardModel(reading(name, lambda: ready(classifier.to(device)))), _tokenizer(name, classifier)
 
 
 def write_separator(model: RewardModel, separator: str) -> None:
@@ -95,12 +96,24 @@ def read_tokenizer(name: str | Path) -> Any:
         raise UsageError(
             f"tokenizer {folder}: the folder holds no tokenizer (tokenizer.json).\nName one: `tokenizer: FOLDER`, or save it there with save_pretrained."
         )
-    return reading(str(name), lambda: compat.read_tokenizer(str(name)), what="tokenizer")
+    return reading(str(name), lambda: _checked(compat.read_tokenizer(str(name))), what="tokenizer")
+
+
+def _checked(tokenizer: Any) -> Any:
+    """A tokenizer whose vocabulary and special tokens can be listed, and which reads a letter."""
+    if not isinstance(tokenizer.all_special_tokens, list) or not tokenizer.get_vocab():
+        raise ValueError("it has no vocabulary")
+    tokenizer.encode("a", add_special_tokens=False)
+    return tokenizer
 
 
 def _tokenizer(name: str, model: PreTrainedModel) -> Any:
     tokenizer = read_tokenizer(name)
     rows = model.get_input_embeddings().weight.shape[0]
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        raise UsageError(
+            f"model {name}: the tokenizer has a token of number {highest:,} but the embedding only {rows} rows.\nSave the model again after resize_token_embeddings(len(tokenizer))."
+        )
     if len(tokenizer) > rows:
         raise UsageError(
             f"model {name}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows.\nSave the model again after resize_token_embeddings(len(tokenizer))."
@@ -182,6 +195,8 @@ def padded_tokenizer(tokenizer: Any) -> Any:
 
 def located(model: str | Path) -> str:
     """The folder's path, the last checkpoint of a run's directory, or the hub's name; what does not exist, or is no model, is refused."""
+    if "\0" in str(model) or len(str(model)) > 1000:
+        raise UsageError(f"model {str(model)[:100]!r}: this cannot be a folder's name.\nGive an existing folder or a hub name like Qwen/Qwen3-0.6B.")
     path = Path(os.path.expanduser(model))
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -197,11 +212,21 @@ def located(model: str | Path) -> str:
     return text
 
 
+def vetted(model: str | Path) -> str:
+    """The same for a model that is about to be read: a folder that cannot be trusted, or cannot be held, is refused before."""
+    name = located(model)
+    if Path(name).is_dir():
+        reading(name, lambda: vetting.check_checkpoint(Path(name)))
+    return name
+
+
 def reading(name: str, read: Callable[[], Any], what: str = "model") -> Any:
     """What `read` returns; a failure becomes a short error that says where the model was looked for."""
     try:
         return read()
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except BaseException as error:
+        if not is_foreign(error):
+            raise
         if Path(name).is_dir():
             raise UsageError(
                 f"{what} {name}: cannot be read: {_first_line(error)}\nWrite it again with save_pretrained, or name another folder."

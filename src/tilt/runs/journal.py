@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tilt.errors import DataError
 from tilt.runs.text import fence, duration, inert, middle, number
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -186,12 +187,25 @@ def _open_lines(path: Path) -> Any:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The steps of a metrics.jsonl; a torn last line is left out, a broken line before it is an error of ours."""
+    """The steps of a metrics.jsonl; a torn last line is left out, a broken line before it is a DataError."""
     if not Path(path).exists():
         return []
-    lines = Path(path).read_bytes().split(b"\n")
-    complete = lines[:-1] if lines else []
-    return [{name: _number(name, value) for name, value in json.loads(line).items()} for line in complete if line.strip()]
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    return [_record(path, number, line) for number, line in enumerate(lines[:-1], 1) if line.strip()]
+
+
+def _record(path: Path | str, number: int, line: bytes) -> dict[str, Any]:
+    """A line as {name: number or text}, with the step that every line has."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: line {number} is damaged: {str(error)[:200]}\n  the lines before it are whole") from None
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        raise DataError(f"{path}: line {number} is no step of a run: {line[:80]!r}")
+    return {name: _number(name, value) for name, value in found.items()}
 
 
 def recorded_until(path: Path, step: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tilt.config import read_file
-from tilt.errors import UsageError
+from tilt.errors import DataError, UsageError
 from tilt.runs.journal import FINISHED, read_metrics
 from tilt.runs.lock import held
 
@@ -41,9 +41,9 @@ def listed(root: Path) -> list[Listed]:
 
 def _one(path: Path) -> Listed:
     config, environment = _config(path), _environment(path)
-    metrics = read_metrics(path / "metrics.jsonl")
+    metrics = _metrics(path)
     stages = [record.get("stage") for record in metrics if record.get("stage")]
-    reward = next((float(r[key]) for r in reversed(metrics) for key in REWARDS if key in r), None)
+    reward = next((float(r[key]) for r in reversed(metrics) for key in REWARDS if isinstance(r.get(key), int | float)), None)
     changed = max(file.stat().st_mtime for file in (path / "log.txt", path / "metrics.jsonl", path / "env.json") if file.exists())
     recipe = str(config.get("algorithm") or config.get("recipe") or "?")
     return Listed(
@@ -59,18 +59,27 @@ def _config(path: Path) -> dict[str, Any]:
         return {}
 
 
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """The steps of a run; none of a damaged file, so that one run does not hide the others."""
+    try:
+        return read_metrics(path / "metrics.jsonl")
+    except DataError:
+        return []
+
+
 def _environment(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((path / "env.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        found = json.loads((path / "env.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _status(path: Path, environment: dict[str, Any]) -> str:
     """From the lock, else from the last line of the log, else from whether the process is alive on this machine."""
     if held(path):
         return "running"
-    log = (path / "log.txt").read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2] if (path / "log.txt").exists() else ""
+    log = (path / "log.txt").read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2] if (path / "log.txt").is_file() else ""
     said = log.partition("  ")[2]
     if said == FINISHED:
         return "finished"
@@ -82,7 +91,7 @@ def _status(path: Path, environment: dict[str, Any]) -> str:
 
 
 def _alive(process: Any) -> bool:
-    if not isinstance(process, int):
+    if type(process) is not int or not 0 < process < 2**31:
         return False
     try:
         os.kill(process, 0)

@@ -6,6 +6,7 @@ Token channels for display are kept in half precision. Version 1 had rewards in 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from tilt.runs.files import atomic_write
 from tilt.runs.offsets import Spelling, text_offsets
 
 SCHEMA_VERSION = 2
+CHANNELS = ("sampler_logprobs", "old_logprobs", "reference_logprobs", "new_logprobs", "delta_ref", "value", "entropy")
+"""Token channels that are read again."""
 
 
 @dataclass(frozen=True)
@@ -185,20 +188,48 @@ def read(path: Path | str) -> list[dict[str, Any]]:
     if not file.is_file():
         raise DataError(f"no rollouts at {file}")
     try:
-        table = pq.read_table(file)
-    except pa.ArrowException as error:
-        raise DataError(f"{file} is not a readable parquet file: {str(error).splitlines()[0]}") from None
-    found = int((table.schema.metadata or {}).get(b"schema_version", b"0"))
-    if found > SCHEMA_VERSION:
-        raise DataError(f"{file} has schema version {found}; this tilt reads up to {SCHEMA_VERSION}: upgrade it")
-    return [dict(row) for row in table.to_pylist()]
+        _check_version(file, pq.read_schema(file).metadata)
+        rows = [dict(row) for row in pq.read_table(file).to_pylist()]
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:  # of damaged pages, and of texts that are not UTF-8
+        raise DataError(f"{file} is not a readable parquet file: {(str(error) or type(error).__name__).splitlines()[0][:200]}") from None
+    for number, row in enumerate(rows):
+        _check_row(file, number, row)
+    return rows
+
+
+def _check_version(file: Path, metadata: Mapping[bytes, bytes] | None) -> None:
+    """Refuse a file of a later schema, or one that does not say which it has."""
+    said = (metadata or {}).get(b"schema_version")
+    if said is None or not said.isdigit() or len(said) > 9:
+        raise DataError(f"{file} is no file of rollouts: its metadata name no schema_version")
+    if int(said) > SCHEMA_VERSION:
+        raise DataError(f"{file} has schema version {int(said)}; this tilt reads up to {SCHEMA_VERSION}: upgrade it")
+
+
+def _check_row(file: Path, number: int, row: Mapping[str, Any]) -> None:
+    """Every row has its tokens, which of them were sampled, and lists of one length for them."""
+    where = f"{file}: row {number}"
+    ids, mask = row.get("ids"), row.get("mask")
+    if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask) or not set(mask) <= {0, 1}:
+        raise DataError(f"{where} is no rollout: `ids` and `mask` must be lists of one length, the mask of 0 and 1")
+    if type(row.get("group_id")) is not int or not isinstance(row.get("completion"), str) or not isinstance(row.get("reward", ""), float | None):
+        raise DataError(f"{where} is no rollout: it needs a whole number `group_id`, a text `completion`, and a number or null `reward`")
+    for name in CHANNELS:
+        values = row.get(name)
+        if values is not None and (
+            not isinstance(values, list) or len(values) != len(mask) or not all(v is None or isinstance(v, float) for v in values)
+        ):
+            raise DataError(f"{where}: `{name}` must hold one number for each of its {len(mask)} tokens")
 
 
 def has_channels(path: Path | str) -> bool:
     """Whether a stored step has its token channels, or only what it can be done again from."""
-    return "old_logprobs" in pq.read_schema(path).names
+    try:
+        return "old_logprobs" in pq.read_schema(path).names
+    except (pa.ArrowException, OSError, ValueError):
+        return True  # reading it says what is wrong with it
 
 
 def stored(directory: Path | str) -> list[int]:
     """The steps that have a file, in order."""
-    return sorted(int(p.stem.removeprefix("step_")) for p in Path(directory).glob("step_*.parquet"))
+    return sorted(int(p.stem.removeprefix("step_")) for p in Path(directory).glob("step_*.parquet") if re.fullmatch(r"step_\d{6,18}", p.stem))
