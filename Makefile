@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
+FUZZ_MINUTES ?= 10
 ENV    := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help quickstart test test-all mutants crash lint format bench classic-bench clean
+.PHONY: help quickstart test test-all mutants fuzz crash lint format bench classic-bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -34,6 +35,9 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 format: $(VENV)/.installed-dev  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+fuzz: $(VENV)/.installed-dev  ## hostile settings, data, templates, checkpoints and run folders for FUZZ_MINUTES: every failure must be a sentence
+	$(ENV) $(BIN)/python tests/fuzz/run.py --minutes $(FUZZ_MINUTES)
 
 bench: $(VENV)/.installed-dev  ## the benchmarks of language models, one after the other
 	@set -e; found=0; for file in $(filter-out benchmarks/classic.py benchmarks/versus_sb3.py benchmarks/versus_trl.py benchmarks/estimates.py,$(wildcard benchmarks/*.py)); do \

@@ -19,6 +19,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 MODULES = sorted(path.stem for path in HERE.glob("fuzz_*.py"))
+STUCK = 30
+"""Seconds after which an example that nothing can interrupt ends its process, with a trace."""
 
 
 def targets() -> dict[str, Any]:
@@ -46,6 +48,8 @@ def examine(target: Any, examples: int, seed: int | None, seconds: float = float
         if time.monotonic() > ends:
             return
         read += 1
+        if seed is not None:
+            faulthandler.dump_traceback_later(STUCK, exit=True)
         target.check(example, next(places))
 
     plan = settings(
@@ -53,7 +57,11 @@ def examine(target: Any, examples: int, seed: int | None, seconds: float = float
         suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink),
     )  # fmt: skip
     test = plan(given(target.examples)(one))
-    (test if seed is None else hypothesis.seed(seed)(test))()
+    try:
+        (test if seed is None else hypothesis.seed(seed)(test))()
+    finally:
+        if seed is not None:
+            faulthandler.cancel_dump_traceback_later()
     return read
 
 
@@ -63,7 +71,7 @@ def alone(name: str, minutes: float, seed: int) -> int:
     target, began, read = targets()[name], time.monotonic(), 0
     while (left := 60 * minutes - (time.monotonic() - began)) > 0:
         try:
-            read += examine(target, 2000, seed + read, left)
+            read += examine(target, 200, seed + read, left)
         except BaseException as error:
             print(f"FAILED  {name} after {time.monotonic() - began:.0f} s, seed {seed + read}: {type(error).__name__}: {str(error)[:500]}")
             traceback.print_exc(limit=-8, file=sys.stdout)
@@ -89,7 +97,7 @@ def main() -> int:
     for name in names:
         call = [sys.executable, __file__, "--alone", name, "--minutes", f"{share:.4f}", "--seed", str(asked.seed)]
         try:
-            code = subprocess.run(call, check=False, timeout=60 * share + 300).returncode
+            code = subprocess.run(call, check=False, timeout=60 * share + 120).returncode
         except subprocess.TimeoutExpired:
             print(f"FAILED  {name}: does not come to an end")
             code = 1

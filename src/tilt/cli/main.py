@@ -335,13 +335,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int, full: bool) -> int:
+    from tilt.runs.secrets import masked
+    from tilt.runs.text import inert
+
     if full:
         import traceback
 
-        traceback.print_exc()
-    from tilt.runs.text import inert
-
-    lines = inert(message, newline="\n").split("\n")
+        print(masked(traceback.format_exc()), file=sys.stderr, end="")
+    lines = inert(masked(message), newline="\n").split("\n")
     shown = lines if len(lines) <= 40 else [*lines[:38], f"… and {len(lines) - 38} more lines"]
     print("error: " + "\n".join(shown), file=sys.stderr)
     return code

@@ -79,7 +79,7 @@ def run(command: str, words: Sequence[str], switches: Switches, preset: Sequence
         document.values["quiet"] = True
     _at_home(document, files, switches)
     config = parse(document.values, recipe.Config, document.origins)
-    place = Path(config.root) / config.name if getattr(config, "name", None) else None
+    place = _place(config)
     if switches.resume:
         if place is None:
             raise UsageError(
@@ -95,6 +95,16 @@ def run(command: str, words: Sequence[str], switches: Switches, preset: Sequence
         return
     with _replacing(place) if switches.overwrite and place else nullcontext():
         recipe.run(config)
+
+
+def _place(config: Any) -> Path | None:
+    """Where the run lies that the configuration names: a folder directly below the root, or None where no name is given."""
+    from tilt.runs.directory import check_name
+
+    if not getattr(config, "name", None):
+        return None
+    check_name(config.name)
+    return Path(config.root) / str(config.name)
 
 
 def _recipe_of(word: str) -> str:

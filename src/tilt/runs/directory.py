@@ -22,6 +22,7 @@ from typing import Any
 import tilt
 from tilt.errors import UsageError
 from tilt.runs.files import atomic_write, flush, vacant
+from tilt.runs.secrets import masked
 
 SCHEMA_VERSION = 1
 """Of a run's directory as a whole; rollouts and checkpoints have versions of their own."""
@@ -87,15 +88,14 @@ def auto_name(recipe: str, model: str) -> str:
 
 def create(root: Path | str, name: str, *, config_yaml: str, command: Sequence[str] | str) -> RunDirectory:
     """Make `root/name/` with config.yaml, env.json and log.txt; it appears complete or not at all. An existing directory is refused."""
-    if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]*", name):
-        raise UsageError(f"`{name}` cannot name a run: use letters, digits, `_`, `-` and `.`, starting with a letter or digit")
+    check_name(name)
     path = Path(root) / name
     refuse_existing(path)
-    line = command if isinstance(command, str) else " ".join(command)
+    line = masked(command if isinstance(command, str) else " ".join(command))
     making = vacant(path)
     making.mkdir(parents=True)
     try:
-        (making / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        (making / "config.yaml").write_text(masked(config_yaml), encoding="utf-8")
         started = {"schema_version": SCHEMA_VERSION} | environment(command=line)
         (making / "env.json").write_text(json.dumps(started, indent=2) + "\n", encoding="utf-8")
         (making / "log.txt").write_text(f"{line}\n", encoding="utf-8")
@@ -119,9 +119,15 @@ def taken_up(directory: RunDirectory, command: Sequence[str] | str) -> None:
         raise UsageError(f"{directory.path} is not the directory of a run: its env.json cannot be read ({error})") from None
     if version > SCHEMA_VERSION:
         raise UsageError(f"{directory.path} has schema version {version}; this tilt reads up to {SCHEMA_VERSION}: upgrade it")
-    now = environment(command if isinstance(command, str) else " ".join(command))
+    now = environment(masked(command if isinstance(command, str) else " ".join(command)))
     record |= {"process": now["process"], "host": now["host"], "resumed": [*record.get("resumed", []), now]}
     atomic_write(directory.environment, json.dumps(record, indent=2) + "\n")
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is not one plain folder below the root."""
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]*", name) or len(name) > 200:
+        raise UsageError(f"`{name[:200]}` cannot name a run: use letters, digits, `_`, `-` and `.`, starting with a letter or digit")
 
 
 def refuse_existing(path: Path) -> None:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tilt.errors import DataError
+from tilt.runs.secrets import masked
 from tilt.runs.text import fence, duration, inert, middle, number
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -78,6 +79,7 @@ class Journal:
 
     def note(self, text: str) -> None:
         """One line for people: a warning, an event."""
+        text = masked(text)
         self._write_log(text)
         self._say(Text(inert(text, newline="\n")))
 
