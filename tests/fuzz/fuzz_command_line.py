@@ -14,7 +14,23 @@ from tilt.cli.main import main
 
 COMMANDS = [["algorithms"], ["algorithms", "grpo"], ["trace", "grpo"], ["data", "show"], ["data", "show", "rows.jsonl"], ["runs", "--root"], ["sft", "--dry-run"], ["sft", "--help"],
             ["run"], ["ppo"], ["generate", "model", "--prompt"], ["chat"], ["replay"], ["audit"], ["classic"], ["--version"], []]  # fmt: skip
-WORDS = ["--help", "--json", "--quiet", "--overwrite", "--resume", "name=../x", "data=rows.jsonl", "model=.", "model=../..", "root=/dev/null", "surrogate.high=0.3", "grpo", "step=1", "--step", "1"]
+WORDS = [
+    "--help",
+    "--json",
+    "--quiet",
+    "--overwrite",
+    "--resume",
+    "name=../x",
+    "data=rows.jsonl",
+    "model=.",
+    "model=../..",
+    "root=/dev/null",
+    "surrogate.high=0.3",
+    "grpo",
+    "step=1",
+    "--step",
+    "1",
+]
 
 
 def words(example: tuple[list[str], list[str]], folder: Path) -> None:
@@ -30,4 +46,11 @@ def words(example: tuple[list[str], list[str]], folder: Path) -> None:
         os.chdir(before)
 
 
-TARGETS = (Target("command line: words", st.tuples(st.sampled_from(COMMANDS), st.lists(st.one_of(st.sampled_from(WORDS), texts()), max_size=3)), words, 30),)
+TARGETS = (
+    Target(
+        "command line: words",
+        st.tuples(st.sampled_from(COMMANDS), st.lists(st.one_of(st.sampled_from(WORDS), texts()), max_size=3)),
+        words,
+        30,
+    ),
+)

@@ -98,7 +98,13 @@ def rows(example: tuple[list[dict[str, Any]], bool, str, str], folder: Path) -> 
 def _render(found: Any, chat: bool, trained: str, over: str) -> None:
     words = tokenizers()[0 if chat else 1]
     render: Any = renderer(
-        words, "auto" if chat else "text", conversational=found.conversational, max_prompt_tokens=20, max_tokens=20, train_on=trained, over_length=over
+        words,
+        "auto" if chat else "text",
+        conversational=found.conversational,
+        max_prompt_tokens=20,
+        max_tokens=20,
+        train_on=trained,
+        over_length=over,
     )
     kinds = {
         "prompt": render.prompts, "prompt_completion": render.demonstrations, "messages": render.demonstrations, "text": render.demonstrations,

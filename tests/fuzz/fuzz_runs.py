@@ -27,7 +27,20 @@ from tilt.runs.directory import create
 from tilt.runs.journal import Journal, read_metrics
 
 FILES = ("metrics.jsonl", "env.json", "config.yaml", "log.txt", "rollouts/step_000001.parquet")
-ROW = ["ids", "mask", "reward", "group_id", "completion", "old_logprobs", "new_logprobs", "value", "entropy", "reference_logprobs", "sampler_logprobs", "kept"]
+ROW = [
+    "ids",
+    "mask",
+    "reward",
+    "group_id",
+    "completion",
+    "old_logprobs",
+    "new_logprobs",
+    "value",
+    "entropy",
+    "reference_logprobs",
+    "sampler_logprobs",
+    "kept",
+]
 
 
 @cache
@@ -39,10 +52,15 @@ def good() -> Path:
         for step in (1, 2):
             journal.step(step, {"reward": 0.5, "loss": float("nan")}, stage="rl")
     made = [
-        Rollout(Prompt((5, 6), i // 2, {}), (7, 8, 9), (True, True, True), (-1.0, -2.0, -0.5), "stop", Sampling(), 0, (0, 0, 0, i)) for i in range(4)
+        Rollout(Prompt((5, 6), i // 2, {}), (7, 8, 9), (True, True, True), (-1.0, -2.0, -0.5), "stop", Sampling(), 0, (0, 0, 0, i))
+        for i in range(4)
     ]
-    channels = {name: torch.full((12,), -1.0) for name in ("old_logprobs", "new_logprobs", "sampler_logprobs", "reference_logprobs", "entropy")}
-    table = rollout_store.RolloutTable(made, [("a", "b c")] * 4, Rewards.of(torch.tensor([1.0, 0.0, 1.0, 0.0])), tokenizers()[0], {}, channels)
+    channels = {
+        name: torch.full((12,), -1.0) for name in ("old_logprobs", "new_logprobs", "sampler_logprobs", "reference_logprobs", "entropy")
+    }
+    table = rollout_store.RolloutTable(
+        made, [("a", "b c")] * 4, Rewards.of(torch.tensor([1.0, 0.0, 1.0, 0.0])), tokenizers()[0], {}, channels
+    )
     rollout_store.write(run.rollouts, 1, table)
     return run.path
 

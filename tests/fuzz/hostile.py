@@ -79,7 +79,9 @@ def scalars() -> st.SearchStrategy[Any]:
 def values(names: list[str] | None = None) -> st.SearchStrategy[Any]:
     """Scalars, lists and mappings; keys are mostly `names`."""
     keys = st.one_of(st.sampled_from(names), texts()) if names else texts()
-    return st.recursive(scalars(), lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(keys, inner, max_size=4)), max_leaves=12)
+    return st.recursive(
+        scalars(), lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(keys, inner, max_size=4)), max_leaves=12
+    )
 
 
 # --- mutations ------------------------------------------------------------------------------------------------------------

@@ -338,7 +338,9 @@ def render_chat(tokenizer: Any, turns: Sequence[Mapping[str, Any]], tools: Any, 
     try:
         with trial.in_time():
             made = str(
-                tokenizer.apply_chat_template(list(turns), tools=tools, tokenize=False, add_generation_prompt=answer_next, return_dict=False)
+                tokenizer.apply_chat_template(
+                    list(turns), tools=tools, tokenize=False, add_generation_prompt=answer_next, return_dict=False
+                )
             )
     except trial.Endless:
         raise DataError(f"the chat template does not come to its end within {trial.SECONDS:g} s") from None
@@ -360,7 +362,9 @@ def encoded(tokenizer: Any, text: str, **how: bool) -> list[int]:
     except BaseException as error:  # tokenizers raise their own kinds, for half characters and for words without an <unk>
         if not is_foreign(error):
             raise
-        raise DataError(f"the tokenizer cannot read a text: {(str(error).splitlines() or [type(error).__name__])[0][:200]}\n  the text: {ascii(text[:100])}") from None
+        raise DataError(
+            f"the tokenizer cannot read a text: {(str(error).splitlines() or [type(error).__name__])[0][:200]}\n  the text: {text[:100]!a}"
+        ) from None
 
 
 def _ends(tokenizer: Any) -> None:

@@ -15,7 +15,6 @@ from transformers import logging as transformers_logging
 
 from tilt.models.attention import NAME, Attend
 
-
 SAFE: Mapping[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 """No pickle is read, and no code of a checkpoint is run."""
 

@@ -196,7 +196,9 @@ def padded_tokenizer(tokenizer: Any) -> Any:
 def located(model: str | Path) -> str:
     """The folder's path, the last checkpoint of a run's directory, or the hub's name; what does not exist, or is no model, is refused."""
     if "\0" in str(model) or len(str(model)) > 1000:
-        raise UsageError(f"model {str(model)[:100]!r}: this cannot be a folder's name.\nGive an existing folder or a hub name like Qwen/Qwen3-0.6B.")
+        raise UsageError(
+            f"model {str(model)[:100]!r}: this cannot be a folder's name.\nGive an existing folder or a hub name like Qwen/Qwen3-0.6B."
+        )
     path = Path(os.path.expanduser(model))
     if path.is_dir():
         if not (path / "config.json").exists():

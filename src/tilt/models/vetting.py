@@ -28,11 +28,18 @@ def check_checkpoint(folder: Path) -> None:
     if named is not None and not (isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))):
         raise UsageError(f"model {folder}: config.json names the weights {named!r}: only safetensors are read")
     if config.get("auto_map"):
-        raise UsageError(f"model {folder}: it brings Python code of its own (auto_map in config.json), and Tilt runs no code of a checkpoint")
+        raise UsageError(
+            f"model {folder}: it brings Python code of its own (auto_map in config.json), and Tilt runs no code of a checkpoint"
+        )
     for key, value in _entries(config):
         if key.endswith("attn_implementation") and "/" in str(value):
             raise UsageError(f"model {folder}: config.json wants the kernel {value!r} of a hub, and Tilt runs no code of a checkpoint")
-        if any(word in key for word in ("layer", "expert", "block")) and type(value) in (int, float) and value > MOST_LAYERS and _counts(key):
+        if (
+            any(word in key for word in ("layer", "expert", "block"))
+            and type(value) in (int, float)
+            and value > MOST_LAYERS
+            and _counts(key)
+        ):
             raise UsageError(f"model {folder}: config.json asks for {key} = {value:,}; at most {MOST_LAYERS:,} are built")
     files = weights(folder, "model", "model")
     _check_size(folder, config, files)
@@ -43,7 +50,12 @@ def check_adapter(folder: Path) -> None:
     config = read_object(folder / "adapter_config.json", "adapter")
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         raise UsageError(f"adapter {folder}: adapter_config.json is of type {config['peft_type']!r}; only LORA can be merged")
-    found = [shape for file in weights(folder, "adapter", "adapter_model") for name, shape in shapes(file) if "lora_A" in name or "lora_embedding_A" in name]
+    found = [
+        shape
+        for file in weights(folder, "adapter", "adapter_model")
+        for name, shape in shapes(file)
+        if "lora_A" in name or "lora_embedding_A" in name
+    ]
     most = max((shape[0] for shape in found if shape), default=0)
     patterns = config.get("rank_pattern") or {}
     ranks = [config.get("r", 8), *(patterns.values() if isinstance(patterns, Mapping) else [patterns])]
@@ -66,7 +78,9 @@ def weights(folder: Path, what: str, stem: str) -> list[Path]:
         return files
     mapped = read_object(index, what).get("weight_map")
     if not isinstance(mapped, Mapping) or not all(isinstance(name, str) for name in mapped.values()):
-        raise UsageError(f"{what} {folder}: {index.name} has no weight_map of {{weight: file}}.\nWrite the folder again with save_pretrained.")
+        raise UsageError(
+            f"{what} {folder}: {index.name} has no weight_map of {{weight: file}}.\nWrite the folder again with save_pretrained."
+        )
     for name in sorted(set(mapped.values())):
         if os.path.basename(name) != name or not name.endswith(".safetensors"):
             raise UsageError(f"{what} {folder}: {index.name} names {name!r}, which is no safetensors file of this folder.")
@@ -82,9 +96,13 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
             raise UsageError(f"{what} {path.parent}: {path.name} has {path.stat().st_size:,} bytes; at most {MOST_JSON:,} are read")
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{what} {path.parent}: {path.name} cannot be read: {str(error)[:200]}.\nWrite it again with save_pretrained.") from None
+        raise UsageError(
+            f"{what} {path.parent}: {path.name} cannot be read: {str(error)[:200]}.\nWrite it again with save_pretrained."
+        ) from None
     if not isinstance(found, dict):
-        raise UsageError(f"{what} {path.parent}: {path.name} holds {type(found).__name__}, not an object.\nWrite it again with save_pretrained.")
+        raise UsageError(
+            f"{what} {path.parent}: {path.name} holds {type(found).__name__}, not an object.\nWrite it again with save_pretrained."
+        )
     return found
 
 
@@ -95,7 +113,9 @@ def shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
             for name in tensors.keys():  # noqa: SIM118 - no mapping
                 yield name, tensors.get_slice(name).get_shape()
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{file} is not a whole safetensors file: {str(error)[:200]}.\nCopy it again, or write it again with save_pretrained.") from None
+        raise UsageError(
+            f"{file} is not a whole safetensors file: {str(error)[:200]}.\nCopy it again, or write it again with save_pretrained."
+        ) from None
 
 
 def _check_size(folder: Path, config: Mapping[str, Any], files: list[Path]) -> None:

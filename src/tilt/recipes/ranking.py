@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tilt.data.shapes import TURNS
 from tilt.data.rollouts import Prompt, Rollout
+from tilt.data.shapes import TURNS
 from tilt.errors import DataError
 from tilt.models.saving import fingerprint
 from tilt.objectives import Rewards

@@ -11,8 +11,8 @@ import torch
 
 from tilt.data.packing import pack
 from tilt.data.rendering import Renderer
-from tilt.data.shapes import TURNS
 from tilt.data.rollouts import Rollout
+from tilt.data.shapes import TURNS
 from tilt.errors import NumericError
 from tilt.models.policy import RewardModel
 from tilt.rewards.functions import Scored
