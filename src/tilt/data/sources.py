@@ -258,13 +258,8 @@ def _parquet(path: Path) -> list[Row]:
 
     try:
         return list(pyarrow.parquet.read_table(path).to_pylist())
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-        MemoryError,
-    ) as error:  # of damaged pages, of texts that are not UTF-8, of dates beyond Python's
+    # damaged pages, texts that are not UTF-8, dates beyond Python's
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise DataError(f"{path} is not a readable parquet file: {(str(error) or type(error).__name__).splitlines()[0][:200]}") from None
 
 

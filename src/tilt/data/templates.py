@@ -50,7 +50,7 @@ def chat_template(name: str, tokenizer: Any) -> str:
 
 def is_bundled(template: str, tokenizer: Any) -> bool:
     """Whether this text is one of the three, for this tokenizer."""
-    return any(template == chat_template(name, tokenizer) for name in NAMES)
+    return bool(tokenizer.eos_token) and any(template == chat_template(name, tokenizer) for name in NAMES)
 
 
 def opens_with_bos(tokenizer: Any) -> bool:

@@ -48,7 +48,8 @@ def load(
         merged = adapter
         lm = reading(str(adapter), lambda: adapters.merge_adapter(lm, merged))
     words = str(adapter) if adapter is not None and (adapter / "tokenizer_config.json").exists() else name
-    return reading(name, lambda: ready(lm.to(device))), _tokenizer(words if tokenizer is None else str(tokenizer), lm)
+    moved = lm.to(device)
+    return reading(name, lambda: ready(moved)), _tokenizer(words if tokenizer is None else str(tokenizer), lm)
 
 
 def load_reward_model(
@@ -65,7 +66,8 @@ def load_reward_model(
         "a reward model",
         f"Its configuration has {labels} labels. Train one with `tilt rm`, or give a sequence classifier with one label.",
     )
-    return RewardModel(reading(name, lambda: ready(classifier.to(device)))), _tokenizer(name, classifier)
+    moved = classifier.to(device)
+    return RewardModel(reading(name, lambda: ready(moved))), _tokenizer(name, classifier)
 
 
 def write_separator(model: RewardModel, separator: str) -> None:
@@ -110,13 +112,13 @@ def _checked(tokenizer: Any) -> Any:
 def _tokenizer(name: str, model: PreTrainedModel) -> Any:
     tokenizer = read_tokenizer(name)
     rows = model.get_input_embeddings().weight.shape[0]
-    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
-        raise UsageError(
-            f"model {name}: the tokenizer has a token of number {highest:,} but the embedding only {rows} rows.\nSave the model again after resize_token_embeddings(len(tokenizer))."
-        )
     if len(tokenizer) > rows:
         raise UsageError(
             f"model {name}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows.\nSave the model again after resize_token_embeddings(len(tokenizer))."
+        )
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        raise UsageError(
+            f"model {name}: the tokenizer has a token of number {highest:,} but the embedding only {rows} rows.\nName the tokenizer that belongs to it: `tokenizer: FOLDER`."
         )
     separate_padding(tokenizer, rows)
     return tokenizer
@@ -227,7 +229,7 @@ def reading(name: str, read: Callable[[], Any], what: str = "model") -> Any:
     try:
         return read()
     except BaseException as error:
-        if not is_foreign(error):
+        if not is_foreign(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         if Path(name).is_dir():
             raise UsageError(
