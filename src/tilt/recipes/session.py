@@ -29,6 +29,7 @@ from tilt.runs.directory import RunDirectory, auto_name, create, taken_up
 from tilt.runs.files import atomic_write
 from tilt.runs.journal import Journal, read_metrics, recorded_until
 from tilt.runs.lock import Lock
+from tilt.runs.secrets import masked
 from tilt.runs.signals import ASKED, heeded
 from tilt.runs.text import size
 from tilt.runs.watchdog import Watchdog
@@ -322,7 +323,7 @@ def _changed(place: RunDirectory, config: Run, recipe: str) -> list[str]:
     if lines:
         number = 1 + len(list(place.path.glob("config.before_*.yaml")))
         shutil.copyfile(place.config, place.path / f"config.before_{number}.yaml")
-        atomic_write(place.config, written(config, recipe))
+        atomic_write(place.config, masked(written(config, recipe)))
     return [f"changed    {line}" for line in lines]
 
 
