@@ -7,7 +7,6 @@ An adapter is switched by a flag that peft's layers read; who is trainable never
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tilt.errors import UsageError
-from tilt.models import compat
+from tilt.models import compat, vetting
 
 ALL_LINEAR = "all-linear"
 
@@ -128,12 +127,7 @@ def save_adapter(model: PreTrainedModel, path: str | Path, *, base: str, name: s
 
 def adapter_base(path: Path) -> str:
     """The model that an adapter folder was trained on."""
-    try:
-        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"adapter {path}: adapter_config.json does not say on which model it was trained.\nAdd base_model_name_or_path to it."
-        ) from error
+    base = vetting.read_object(path / "adapter_config.json", "adapter").get("base_model_name_or_path")
     if not base:
         raise UsageError(
             f"adapter {path}: adapter_config.json names no base model.\nSet base_model_name_or_path to the folder or hub name it was trained on."

@@ -39,9 +39,10 @@ def load(
     compat.quiet()
     folder = Path(os.path.expanduser(model))
     adapter = folder if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists() else None
+    name = str(model) if adapter is None else adapters.adapter_base(adapter)
     if adapter is not None:
         vetting.check_adapter(adapter)
-    name = vetted(model if adapter is None else adapters.adapter_base(adapter))
+    name = vetted(name)
     lm, lacking = reading(name, lambda: compat.read_causal_lm(name, dtype))
     _complete(name, lacking, "a causal LM", "Is it a classifier or an encoder? Give a causal language model.")
     if adapter is not None:

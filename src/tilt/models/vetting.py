@@ -97,7 +97,7 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"{what} {path.parent}: {path.name} cannot be read: {str(error)[:200]}.\nWrite it again with save_pretrained."
+            f"{what} {path.parent}: cannot be read: {path.name}: {str(error)[:200]}.\nWrite it again with save_pretrained."
         ) from None
     if not isinstance(found, dict):
         raise UsageError(

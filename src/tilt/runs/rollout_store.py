@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -212,12 +213,12 @@ def _check_row(file: Path, number: int, row: Mapping[str, Any]) -> None:
     ids, mask = row.get("ids"), row.get("mask")
     if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask) or not set(mask) <= {0, 1}:
         raise DataError(f"{where} is no rollout: `ids` and `mask` must be lists of one length, the mask of 0 and 1")
-    if type(row.get("group_id")) is not int or not isinstance(row.get("completion"), str) or not isinstance(row.get("reward", ""), float | None):
+    if type(row.get("group_id")) is not int or not isinstance(row.get("completion"), str) or not isinstance(row.get("reward", ""), Real | None):
         raise DataError(f"{where} is no rollout: it needs a whole number `group_id`, a text `completion`, and a number or null `reward`")
     for name in CHANNELS:
         values = row.get(name)
         if values is not None and (
-            not isinstance(values, list) or len(values) != len(mask) or not all(v is None or isinstance(v, float) for v in values)
+            not isinstance(values, list) or len(values) != len(mask) or not all(v is None or isinstance(v, Real) for v in values)
         ):
             raise DataError(f"{where}: `{name}` must hold one number for each of its {len(mask)} tokens")
 
