@@ -114,7 +114,7 @@ def shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
                 yield name, tensors.get_slice(name).get_shape()
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(
-            f"{file} is not a whole safetensors file: {str(error)[:200]}.\nCopy it again, or write it again with save_pretrained."
+            f"{file.parent}: cannot be read: {file.name} is not a whole safetensors file: {str(error)[:200]}.\nCopy it again, or write it again with save_pretrained."
         ) from None
 
 
