@@ -37,7 +37,7 @@ format: $(VENV)/.installed-dev  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 fuzz: $(VENV)/.installed-dev  ## hostile settings, data, templates, checkpoints and run folders for FUZZ_MINUTES: every failure must be a sentence
-	$(ENV) $(BIN)/python tests/fuzz/run.py --minutes $(FUZZ_MINUTES)
+	$(ENV) $(BIN)/python tests/fuzz/fuzzing.py --minutes $(FUZZ_MINUTES)
 
 bench: $(VENV)/.installed-dev  ## the benchmarks of language models, one after the other
 	@set -e; found=0; for file in $(filter-out benchmarks/classic.py benchmarks/versus_sb3.py benchmarks/versus_trl.py benchmarks/estimates.py,$(wildcard benchmarks/*.py)); do \

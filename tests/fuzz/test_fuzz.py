@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from run import examine, targets
+from fuzzing import examine, targets
 
 TARGETS = targets()
 

@@ -1,6 +1,6 @@
 """`make fuzz`: every target for its share of the minutes, in a process of its own; examples a second, and each failure made as small as it gets.
 
-python tests/fuzz/run.py --minutes 10 [--only WORD] [--seed N]; exit code 1 where a target failed or died.
+python tests/fuzz/fuzzing.py --minutes 10 [--only WORD] [--seed N]; exit code 1 where a target failed or died.
 """
 
 from __future__ import annotations
