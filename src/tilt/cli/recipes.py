@@ -110,7 +110,10 @@ def _place(config: Any) -> Path | None:
 def _recipe_of(word: str) -> str:
     """The folder of a run stands for its config.yaml."""
     file = Path(word) / "config.yaml"
-    return str(file) if not word.startswith("-") and "=" not in word and file.is_file() else word
+    try:
+        return str(file) if not word.startswith("-") and "=" not in word and file.is_file() else word
+    except (OSError, ValueError):  # a name that no file can have
+        return word
 
 
 def _resumed_step(overrides: Sequence[str], switches: Switches) -> tuple[int | None, list[str]]:

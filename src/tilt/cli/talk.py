@@ -42,9 +42,11 @@ class Speaker:
 def folder_of(model: str) -> str:
     """A run's directory stands for its last checkpoint."""
     path = Path(os.path.expanduser(model))
-    if (path / "checkpoints").is_dir() and not (path / "config.json").exists():
-        return str(checkpoints.latest(path / "checkpoints"))
-    return model
+    try:
+        run = (path / "checkpoints").is_dir() and not (path / "config.json").exists()
+    except (OSError, ValueError):  # a name that no file can have
+        run = False
+    return str(checkpoints.latest(path / "checkpoints")) if run else model
 
 
 def speaker(model: str, temperature: float, max_tokens: int) -> Speaker:
