@@ -16,7 +16,7 @@ SOURCE = Path(tilt.__file__).parent
 
 # A room may import rooms of a lower level, and itself. Rooms of one level do not know each other, save where PEERS says so.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "shapes", "segments", "distributions", "linear_head", "kept", "config"),
+    ("errors", "shapes", "segments", "distributions", "linear_head", "kept", "config", "isolation"),
     ("objectives", "data", "optim"),
     ("models", "rewards", "oracle", "tasks", "parity"),
     ("sampling", "learning", "runs"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import gone
 
 from tilt.errors import DataError, UsageError
 from tilt.rewards.functions import RewardFunction, load_function
@@ -202,8 +202,7 @@ def forks(completions, gold):
     return gold
 
 def orphan(completions):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    open(os.path.join(os.path.dirname(__file__), "orphan"), "w").write(str(child.pid))
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", __file__])
     time.sleep(60)
 
 def secret(completions):
@@ -287,22 +286,7 @@ def test_a_worker_that_hangs_or_dies_is_named_and_the_next_batch_gets_a_new_one(
 def test_the_children_of_a_killed_worker_die_with_it(worker: Callable[..., RewardFunction], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="did not answer"):
         worker("orphan", seconds=2.0)(PROMPTS, COMPLETIONS, {})
-    child = int((tmp_path / "orphan").read_text())
-    for _ in range(50):
-        if not _alive(child):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"process {child} outlived its worker")
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process runs; one that is dead but not yet reaped by its parent does not."""
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        os.kill(pid, 0)
-        return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
-    except (ProcessLookupError, FileNotFoundError):
-        return False
+    gone(str(tmp_path / "mine.py"))
 
 
 def test_a_worker_with_a_processor_limit(worker: Callable[..., RewardFunction]) -> None:

@@ -120,8 +120,8 @@ def _model(judge: Judge, path: str, run: Run) -> Opened:
 def _function(given: Any) -> Opened:
     (spec,) = parse({"function": given}, "judge.function")
     assert isinstance(spec.source, Function)
-    if spec.source.overlap:
-        raise UsageError("`judge.function.overlap` is about rewards, and a judge of pairs is asked when all are there: leave it out")
+    if idle := [key for key in ("overlap", "workers") if getattr(spec.source, key)]:
+        raise UsageError(f"`judge.function.{idle[0]}` is about rewards, and a judge of pairs is asked once about all: leave it out")
     function, (path, name) = function_of(spec), locate(spec.source.file)
     record = {"function": spec.source.file, "sha256": sha256(path.read_bytes()).hexdigest()}
 

@@ -114,7 +114,10 @@ def run(config: Config, start: Start = NEW) -> Result:
     with session(config, "ranking", name, len(parts), IMPORTANT, label="rank", start=start) as run:
         directory = run.directory
         run.journal.header(
-            [f"run        {directory.path}", opening.headline(name, policy, device, config), *rows.notes, f"           {render.summary()}"]
+            [
+                f"run        {directory.path}", opening.headline(name, policy, device, config), *rows.notes, f"           {render.summary()}",
+                *judged.notes,
+            ]  # fmt: skip
         )
         for step in run.steps(len(parts)):
             part = parts[step]

@@ -349,7 +349,7 @@ def assembled(config: Config, ending: ExitStack) -> Opened:
         rehearse(also, sampler, prompts)
     modules |= judged.modules | {f"measuring {role}": module for role, module in (also.modules if also else {}).items()}
     lines = [
-        opening.headline(model, policy, device, config), *rows.notes, f"           {render.summary()}", *texts.notes,
+        opening.headline(model, policy, device, config), *rows.notes, f"           {render.summary()}", *texts.notes, *judged.notes,
         *([] if held else ["           nothing is held out: evaluations ask training prompts"]),
         f"algorithm  {name}: {objective!r}",
         f"steps      {config.steps} of {config.prompts} prompts × {config.samples} answers; {learner.settings.steps} optimizer steps each",

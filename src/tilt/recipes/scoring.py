@@ -60,6 +60,11 @@ class Scoring:
     def __call__(self, rollouts: Sequence[Rollout]) -> Rewards:
         return self.judge(rollouts)[1]
 
+    @property
+    def notes(self) -> list[str]:
+        """What the first lines of a run say of its rewards."""
+        return [f"rewards    {note}" for note in self.score.notes]
+
     def close(self) -> None:
         """End the workers of isolated functions."""
         self.score.close()

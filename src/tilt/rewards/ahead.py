@@ -1,4 +1,4 @@
-"""A function in a worker judges the answers to one prompt while others are still generated: the same calls in the same order as afterwards."""
+"""Workers judge the answers to one prompt beside those to others, while others are still generated if they may: the same calls as afterwards."""
 
 from __future__ import annotations
 
@@ -17,18 +17,24 @@ Group = tuple[Any, ...]
 
 @dataclass
 class Ahead:
-    """A function called once for the answers to each prompt, one call after another in a thread that waits for its worker.
+    """A function called once for the answers to each prompt, by as many threads as it has workers, each of which waits for one.
 
     `begin` starts a call, and the call of the whole batch takes what has been begun; what has not begins then. So neither scores nor errors depend on
-    when a call began: the first failure by the order of the prompts is the one that is told.
+    when a call began or how many workers there are: the first failure by the order of the prompts is the one that is told. `early` says whether calls are to
+    begin before the batch is there.
     """
 
     call: Callable[[Sequence[Rollout], Sequence[Text]], Scored]
+    workers: int = 1
+    early: bool = True
     begun: dict[Group, Future[Scored]] = field(default_factory=dict)
-    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reward"))
+    pool: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pool = ThreadPoolExecutor(self.workers, "reward")
 
     def begin(self, rollouts: Sequence[Rollout], texts: Sequence[Text]) -> None:
-        """Let the worker judge the answers to one prompt, after those that were begun before."""
+        """Let a worker judge the answers to one prompt, after those that were begun before."""
         self.begun[_key(rollouts)] = self.pool.submit(self.call, rollouts, texts)
 
     def __call__(self, rollouts: Sequence[Rollout], texts: Sequence[Text]) -> Scored:

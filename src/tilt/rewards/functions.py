@@ -13,19 +13,23 @@ import numbers as kinds
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tilt.errors import DataError, UsageError
+from tilt.rewards.crew import Crew
 from tilt.rewards.isolate import Died, Isolated, Raised
+from tilt.rewards.programs import Programs
 from tilt.rewards.rules import Scores
 from tilt.rewards.text import inert
 
 OnError = Literal["raise", "zero", "skip"]
 ON_ERROR: Mapping[OnError, float | None] = {"raise": math.nan, "zero": 0.0, "skip": None}
+WORKERS = (Isolated, Crew, Programs)
 
 
 class Overtime(Exception):
@@ -50,39 +54,55 @@ class Scored:
 class RewardFunction:
     """A function with its rules of engagement: seconds per batch, and what happens to samples that it fails on.
 
-    `raise` stops the run; `zero` gives them 0; `skip` leaves them unscored. A thread that overruns its time cannot be ended, only a worker (`isolate`) can.
+    `raise` stops the run; `zero` gives them 0; `skip` leaves them unscored. Before that a batch with failures is tried again `retries` times, after 0.1 s, 0.2 s
+    and so on. A thread that overruns its time cannot be ended, only a worker (`isolate`) can.
     """
 
     name: str
     call: Callable[..., Any]
     seconds: float = 60.0
     on_error: OnError = "raise"
+    retries: int = 0
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> Scored:
         arguments = wanted(
             self.call, self.name, {"prompts": list(prompts), "completions": list(completions), **{k: list(v) for k, v in columns.items()}}
         )
+        for pause in [*(min(0.1 * 2**k, 5.0) for k in range(self.retries)), None]:
+            said, cause = self._attempt(arguments, prompts, completions)
+            if (not said.failures and not said.message) or pause is None:
+                break
+            time.sleep(pause)
+        if not said.message:
+            return said
+        message = said.message + (f"\nIt was tried {self.retries + 1} times." if self.retries else "")
+        if self.on_error == "raise":
+            raise DataError(f"{message}\nMend it, or choose `on_error: zero` or `on_error: skip`.") from cause
+        return replace(said, message=message)
+
+    def _attempt(
+        self, arguments: Mapping[str, Any], prompts: Sequence[str], completions: Sequence[str]
+    ) -> tuple[Scored, BaseException | None]:
+        """What one call gave, and what failed in it, with the error behind."""
         try:
             answer = self._run(arguments)
         except UsageError:
             raise
         except DataError as error:
-            return self._failed(f"the reward {self.name}: {error}", len(completions), error)
+            return self._failed(f": {error}", completions), error
         except (Raised, Died, Overtime) as error:
-            return self._failed(f"the reward {self.name}: {error}\n{_inputs(0, prompts, completions)}", len(completions), error)
+            return self._failed(f": {error}\n{_inputs(0, prompts, completions)}", completions), error
         except Exception as error:  # whatever a user's function raises
             said = f"raised {type(error).__name__}: {inert(str(error), 300)[1:-1]} ({_where(error)})"
-            return self._failed(f"the reward {self.name}: {said}\n{_inputs(0, prompts, completions)}", len(completions), error)
-        return self._checked(answer, prompts, completions)
+            return self._failed(f": {said}\n{_inputs(0, prompts, completions)}", completions), error
+        return self._checked(answer, prompts, completions), None
 
-    def _failed(self, message: str, count: int, cause: BaseException | None) -> Scored:
-        if self.on_error == "raise":
-            raise DataError(f"{message}\nMend it, or choose `on_error: zero` or `on_error: skip`.") from cause
-        return Scored([ON_ERROR[self.on_error]] * count, count, message)
+    def _failed(self, what: str, completions: Sequence[str]) -> Scored:
+        return Scored([ON_ERROR[self.on_error]] * len(completions), len(completions), f"the reward {self.name}{what}")
 
     def _run(self, arguments: Mapping[str, Any]) -> Any:
         """The answer of the function, run in a thread of its own until the clock runs out."""
-        if isinstance(self.call, Isolated):
+        if isinstance(self.call, WORKERS):
             return self.call(arguments)
         box: list[Any] = []
 
@@ -110,25 +130,18 @@ class RewardFunction:
         expected = f"expected a list with one number or None for each of the {len(completions)} completions"
         tolist = getattr(answer, "tolist", None)
         answer = tolist() if callable(tolist) else answer
-        if not isinstance(answer, list | tuple):
-            said = answer["type"] if isinstance(answer, dict) and answer.keys() == {"type"} else type(answer).__name__
-            return self._failed(
-                f"the reward {self.name} returned {said}; {expected}.\n{_inputs(0, prompts, completions)}", len(completions), None
-            )
-        if len(answer) != len(completions):
-            return self._failed(
-                f"the reward {self.name} returned {len(answer)} values; {expected}.\n{_inputs(0, prompts, completions)}",
-                len(completions),
-                None,
-            )
+        if not isinstance(answer, list | tuple) or len(answer) != len(completions):
+            told = answer if isinstance(answer, dict) and isinstance(self.call, WORKERS) else {}
+            count = len(answer) if isinstance(answer, list | tuple) else told.get("many")
+            what = inert(str(told.get("type", type(answer).__name__)), 40)[1:-1] if count is None else f"{count} values"
+            return self._failed(f" returned {what}; {expected}.\n{_inputs(0, prompts, completions)}", completions)
         values: Scores = []
         failures, first = 0, ""
         for i, value in enumerate(answer):
             score, wrong = number(value)
             if wrong:
                 message = f"the reward {self.name} returned {wrong} for sample {i}; expected a finite number or None.\n{_inputs(i, prompts, completions)}"
-                score = self._failed(message, 1, None).values[0]
-                failures, first = failures + 1, first or message
+                score, failures, first = ON_ERROR[self.on_error], failures + 1, first or message
             values.append(score)
         return Scored(values, failures, first)
 
@@ -143,7 +156,11 @@ def number(value: Any) -> tuple[float | None, str]:
         except (TypeError, ValueError, RuntimeError):
             return None, f"an array of type {type(value).__name__}"
     if not isinstance(value, kinds.Real):
-        said = value["type"] if isinstance(value, dict) and value.keys() == {"type"} else f"{type(value).__name__} {inert(str(value), 40)}"
+        said = (
+            inert(str(value["type"]), 40)[1:-1]
+            if isinstance(value, dict) and value.keys() == {"type"}
+            else f"{type(value).__name__} {inert(str(value), 40)}"
+        )
         return None, f"a value of type {said}"
     try:
         score = float(value)
@@ -154,7 +171,7 @@ def number(value: Any) -> tuple[float | None, str]:
 
 def wanted(call: Callable[..., Any], name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that a function asks for: all of them where it takes **columns, else those it names."""
-    if isinstance(call, Isolated):
+    if isinstance(call, WORKERS):
         return dict(arguments)  # the worker knows the function and picks
     parameters = inspect.signature(call).parameters
     missing = [

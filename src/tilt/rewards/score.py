@@ -20,6 +20,8 @@ from tilt.objectives.credit import earned
 from tilt.objectives.experience import Rewards
 from tilt.rewards.ahead import Ahead
 from tilt.rewards.functions import RewardFunction, Scored
+from tilt.rewards.pace import Pace, advice
+from tilt.rewards.programs import Code, Programs
 from tilt.rewards.spec import Function, Judge, LoadModel, Model, Process, RewardSpec, function_of, parse
 from tilt.rewards.text import Text
 from tilt.segments import Layout
@@ -59,17 +61,18 @@ class Running:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the reward, ready to be called; with `running` its scores are normalised in training by all that training has seen."""
+    """One part of the reward, ready to be called; with `running` its scores are normalised in training by all that training has seen. `advice` is for a slow one."""
 
     name: str
     weight: float
     call: Callable[[Sequence[Rollout], Sequence[Text]], Scored]
     running: Running | None = None
+    advice: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What scoring a batch cost: seconds and failed samples of each part, and the first failure in words (with on_error zero or skip); and the running
+    """What scoring a batch cost: seconds and failed samples of each part, and in words the first failure (with on_error zero or skip) and that a part is slow; the running
     mean and deviation of the parts that are normalised."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -112,6 +115,7 @@ class Scorer:
     missing_eos_penalty: float = 0.0
     clip: tuple[float, float] = (-math.inf, math.inf)
     report: Report = field(default_factory=Report)
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
         if not self.clip[0] < self.clip[1]:
@@ -138,6 +142,8 @@ class Scorer:
             if training and part.running is not None:
                 part.running.see(scores[part.name])
         kept = {part.name: (part.running.mean, part.running.deviation) for part in self.parts if training and part.running is not None}
+        if training and (slow := self.pace.step(seconds)):
+            messages[f"{slow.part} is slow"] = f"{slow} {next(part.advice for part in self.parts if part.name == slow.part)}".strip()
         self.report = Report(seconds, failures, messages, kept)
         return self.combine(scores, rollouts, training, dense)
 
@@ -178,14 +184,21 @@ class Scorer:
         return steps, ends
 
     @property
+    def notes(self) -> list[str]:
+        """What the first lines of a run say of parts that run programs."""
+        functions = [part.call.call if isinstance(part.call, Ahead) else part.call for part in self.parts]
+        found = [function.function.call for function in functions if isinstance(function, Called)]
+        return [call.note for call in found if isinstance(call, Programs)]
+
+    @property
     def overlaps(self) -> bool:
         """Whether a part can judge some answers while others are generated."""
-        return any(isinstance(part.call, Ahead) for part in self.parts)
+        return any(isinstance(part.call, Ahead) and part.call.early for part in self.parts)
 
     def begin(self, rollouts: Sequence[Rollout], texts: Sequence[Text]) -> None:
         """Let the parts that can begin with the answers to one prompt; what they say is read with the whole batch."""
         for part in self.parts:
-            if isinstance(part.call, Ahead):
+            if isinstance(part.call, Ahead) and part.call.early:
                 part.call.begin(rollouts, texts)
 
     def close(self) -> None:
@@ -250,7 +263,9 @@ def build(
         if isinstance(spec.source, Model | Process | Judge):
             return load_model(spec)
         function = Called(function_of(spec, base))
-        return Ahead(function) if isinstance(spec.source, Function) and spec.source.overlap else function
+        if not isinstance(spec.source, Function | Code) or not (spec.source.overlap or spec.source.workers):
+            return function
+        return Ahead(function, spec.source.workers or 1, spec.source.overlap)
 
-    parts = [Part(spec.name, spec.weight, called(spec), Running() if spec.normalise else None) for spec in parse(reward)]
+    parts = [Part(spec.name, spec.weight, called(spec), Running() if spec.normalise else None, advice(spec)) for spec in parse(reward)]
     return Scorer(parts, missing_eos_penalty, clip)

@@ -12,8 +12,10 @@ from typing import Any, Literal
 from tilt.config import build_piece, hint
 from tilt.data.wording import check_template
 from tilt.errors import UsageError
+from tilt.rewards.crew import Crew
 from tilt.rewards.functions import ON_ERROR, OnError, RewardFunction, Scored, load_function, locate
 from tilt.rewards.isolate import Isolated
+from tilt.rewards.programs import Code, Programs
 from tilt.rewards.rules import RULES, Rule
 
 GRADING = "Request: {prompt}\n\nAnswer: {answer}\n\nHow good is the answer to the request, from 1 (useless) to 10 (perfect)? Reply with the number alone.\n"
@@ -22,15 +24,20 @@ GRADING = "Request: {prompt}\n\nAnswer: {answer}\n\nHow good is the answer to th
 
 @dataclass(frozen=True)
 class Function:
-    """A function of the user's, `file.py:func`; isolated, it runs in a worker of at most `memory` GiB and `cpu` seconds (0: no limit).
+    """A function of the user's, `file.py:func`. Isolated, it runs in a worker: at most `memory` GiB for it and all that it starts, `cpu` seconds a process (0: no
+    limit), `processes` at a time, files of `file_size` GiB.
 
-    With `overlap` the worker is called once for the answers to each prompt, `timeout` seconds each, and begins while other answers are generated.
+    With `workers` the function is called once for the answers to each prompt, `timeout` seconds each, by so many processes beside each other; what it gives
+    does not depend on how many, if it keeps nothing from call to call. With `overlap` such calls begin while other answers are generated.
     """
 
     file: str
     isolate: bool = False
     memory: float = 4.0
     cpu: int = 0
+    processes: int = 256
+    file_size: float = 1.0
+    workers: int | None = None
     overlap: bool = False
 
     def __post_init__(self) -> None:
@@ -38,6 +45,13 @@ class Function:
             raise UsageError(
                 "`reward.function.overlap` lets a worker judge while answers are generated, and there is none: set isolate: true, or leave it out"
             )
+        limits = ("memory", "cpu", "processes", "file_size", "workers")
+        if not self.isolate and (idle := [name for name in limits if getattr(self, name) != getattr(type(self), name)]):
+            raise UsageError(f"`reward.function.{idle[0]}` is about a worker, and there is none: set isolate: true, or leave it out")
+        if wrong := [name for name in limits if name != "cpu" and (value := getattr(self, name)) is not None and not value > 0]:
+            raise UsageError(f"`reward.function.{wrong[0]}` is {getattr(self, wrong[0])}: expected a number above 0")
+        if self.cpu < 0:
+            raise UsageError(f"`reward.function.cpu` is {self.cpu}: expected seconds, or 0 for no limit")
 
 
 @dataclass(frozen=True)
@@ -88,13 +102,14 @@ class Judge:
             raise UsageError(f"`reward.judge.model` is {self.model}, a function: it needs no judge; give it as the reward itself")
 
 
-Source = Rule | Function | Given | Model | Process | Judge
-KINDS: Mapping[str, type] = {**RULES, "function": Function, "model": Model, "process": Process, "judge": Judge}
+Source = Rule | Code | Function | Given | Model | Process | Judge
+KINDS: Mapping[str, type] = {**RULES, "code": Code, "function": Function, "model": Model, "process": Process, "judge": Judge}
 COMMON: Mapping[str, str] = {
     "weight": "a finite number",
     "name": "text",
     "timeout": "seconds above 0",
     "on_error": "raise, zero or skip",
+    "retries": "a whole number from 0 to 10",
     "normalise": "true or false",
 }
 EXAMPLES = "`rewards.py:score`, `{numeric: {answer: answer}}`, `{model: runs/rm/final, weight: 0.5}`, or a list of these"
@@ -102,7 +117,7 @@ EXAMPLES = "`rewards.py:score`, `{numeric: {answer: answer}}`, `{model: runs/rm/
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """One part of the reward: where its scores come from, the weight of the part in the sum, what happens when it fails, and whether training normalises it
+    """One part of the reward: where its scores come from, the weight of the part in the sum, what happens when it fails and how often it is tried again, and whether training normalises it
     by the running mean and deviation of its scores."""
 
     name: str
@@ -110,6 +125,7 @@ class RewardSpec:
     weight: float = 1.0
     timeout: float = 60.0
     on_error: OnError = "raise"
+    retries: int = 0
     normalise: bool = False
 
 
@@ -166,8 +182,13 @@ def _entry(value: Any, where: str) -> RewardSpec:
     spec = RewardSpec(source=source, **_common({**inner, **outer}, _name(source), where))
     if isinstance(source, Process) and spec.normalise:
         raise UsageError(f"`{where}.normalise` is about scores of whole answers, and process judges steps: leave it out")
-    if isinstance(source, Judge) and (idle := [key for key in ("timeout", "on_error") if key in {**inner, **outer}]):
+    said = {**inner, **outer}
+    if isinstance(source, Judge) and (idle := [key for key in ("timeout", "on_error", "retries") if key in said]):
         raise UsageError(f"`{where}.{idle[0]}` is about functions, and judge is a model: leave it out")
+    if spec.retries and (isinstance(source, Model) or (isinstance(source, Process) and not is_function(source.path))):
+        raise UsageError(f"`{where}.retries` is about functions, and {kind} is a model: leave it out")
+    if isinstance(source, Code) and "timeout" in said:
+        raise UsageError(f"`{where}.timeout` is about functions; code has `seconds` for each test: leave it out")
     return spec
 
 
@@ -178,6 +199,7 @@ def _common(given: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
         "timeout": lambda v: _is_number(v) and 0 < v < math.inf,
         "name": lambda v: isinstance(v, str) and v != "",
         "on_error": lambda v: isinstance(v, str) and v in ON_ERROR,
+        "retries": lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 10,
         "normalise": lambda v: isinstance(v, bool),
     }
     problems = [f"`{where}.{key}` is {v!r}: expected {COMMON[key]}" for key, v in given.items() if not fine[key](v)]
@@ -196,7 +218,7 @@ def _name(source: Source) -> str:
         return source.file.rpartition(":")[2]
     if isinstance(source, Given):
         return getattr(source.call, "__name__", type(source.call).__name__)
-    if isinstance(source, Model | Process | Judge):
+    if isinstance(source, Code | Model | Process | Judge):
         return type(source).__name__.lower()
     return source.name
 
@@ -221,16 +243,20 @@ def function_of(spec: RewardSpec, base: Path = Path()) -> RewardFunction:
     if isinstance(source, Process):
         source = Function(source.path)
     assert not isinstance(source, Model | Judge), "models are loaded by the recipe"
+    how = (spec.timeout, spec.on_error, spec.retries)
+    if isinstance(source, Code):
+        return RewardFunction(spec.name, Programs.start(source), *how)
     if isinstance(source, Given):
-        return RewardFunction(spec.name, source.call, spec.timeout, spec.on_error)
+        return RewardFunction(spec.name, source.call, *how)
     if not isinstance(source, Function):
-        return RewardFunction(spec.name, source, spec.timeout, spec.on_error)
+        return RewardFunction(spec.name, source, *how)
     if not source.isolate:
-        return RewardFunction(spec.name, load_function(source.file, base)[2], spec.timeout, spec.on_error)
+        return RewardFunction(spec.name, load_function(source.file, base)[2], *how)
     path, name = locate(source.file, base)
-    worker = Isolated(path, name, spec.timeout, source.memory, source.cpu)
-    worker.start()
-    return RewardFunction(spec.name, worker, spec.timeout, spec.on_error)
+    worker = Isolated(path, name, spec.timeout, source.memory, source.cpu, source.processes, source.file_size)
+    crew = worker if source.workers in (None, 1) else Crew(worker, source.workers or 1)
+    crew.start()
+    return RewardFunction(spec.name, crew, *how)
 
 
 ScoreModel = Callable[..., Scored]
