@@ -33,7 +33,10 @@ def keep(run: int, work: Callable[[int], None], *, processes: int, memory: int, 
     for number in DEAF:
         signal.signal(number, signal.SIG_IGN)
     kernel.control(kernel.PR_SET_CHILD_SUBREAPER, 1)
-    entered = namespaces if namespaces and kernel.enter(namespaces) else 0
+    outer = (
+        namespaces & ~kernel.NEWNS if namespaces & kernel.NEWPID else namespaces
+    )  # the keeper goes on reading the /proc that shows all of them
+    entered = namespaces if outer and kernel.enter(outer) else 0
     apart = bool(entered & kernel.NEWPID)
     told, tell = os.pipe()
     child = os.fork()
@@ -55,7 +58,7 @@ def keep(run: int, work: Callable[[int], None], *, processes: int, memory: int, 
 
 def _first(work: Callable[[int], None], entered: int, tell: int) -> NoReturn:
     """The first process of the namespace: no signal from within ends it; it reaps whatever dies, and ends, and all with it, when the worker has ended."""
-    if entered & kernel.NEWNS:
+    if entered & kernel.NEWNS and kernel.enter(kernel.NEWNS):
         kernel.mount_processes()
     worker = os.fork()
     if worker == 0:

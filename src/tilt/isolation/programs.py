@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
 import select
@@ -140,8 +141,6 @@ def _program(
     """What the program's process does before it becomes the program."""
 
     def become(entered: int) -> None:
-        if entered & kernel.NEWNS:
-            kernel.mount_processes()
         if apart.read_only:
             kernel.read_only_but(folder, max(1, limits.file_size >> 20))
         os.chdir(folder)
@@ -159,10 +158,12 @@ def _program(
             (resource.RLIMIT_FSIZE, limits.file_size, 0), (resource.RLIMIT_NPROC, most, 0), (resource.RLIMIT_NOFILE, 64, 0),
         ):  # fmt: skip
             kernel.limit(kind, amount, spare=spare)
-        high = [os.dup2(descriptor, 40 + i) for i, descriptor in enumerate(descriptors)]
+        high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, len(descriptors)) for descriptor in descriptors]
         for i, descriptor in enumerate(high):
             os.dup2(descriptor, i)
-        os.closerange(len(high), os.sysconf("SC_OPEN_MAX"))
+        os.closerange(len(high), 1 << 20)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
         surroundings = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder, "TMPDIR": folder}
         os.execve(command[0], command, surroundings | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"})
 

@@ -58,14 +58,14 @@ class Isolated:
     file_size: float = 1.0
     namespaces: bool = True
     trusted: bool = False
-    restarts: int = 0
-    told: Mapping[str, Any] = field(default_factory=dict)
-    _process: subprocess.Popen[bytes] | None = None
-    _said: bytes = b""
-    _number: int = 0
-    _stopped: bool = False
-    _undo: Callable[[], object] = field(default=lambda: None)
-    _busy: threading.RLock = field(default_factory=threading.RLock)
+    restarts: int = field(init=False, default=0)
+    told: Mapping[str, Any] = field(init=False, default_factory=dict)
+    _process: subprocess.Popen[bytes] | None = field(init=False, default=None)
+    _said: bytes = field(init=False, default=b"")
+    _number: int = field(init=False, default=0)
+    _stopped: bool = field(init=False, default=False)
+    _undo: Callable[[], object] = field(init=False, default_factory=lambda: _nothing)
+    _busy: threading.RLock = field(init=False, default_factory=threading.RLock)
 
     def __call__(self, arguments: Mapping[str, Any], seconds: float | None = None) -> Any:
         """The function's answer, as JSON tells it, within `seconds`. Raises Died after killing a worker that hangs or ends; the next call starts a new one."""
@@ -139,7 +139,7 @@ class Isolated:
                 for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
                     with contextlib.suppress(OSError):
                         stream.close()  # type: ignore[union-attr]
-            self._process, self._undo = None, lambda: None
+            self._process, self._undo = None, _nothing
 
     def _settings(self) -> dict[str, Any]:
         """What the worker is told. A user's number of processes is limited where the kernel counts it, from what there are now."""
@@ -226,6 +226,10 @@ class Isolated:
         self.restarts += 1
         how = "was ended with the run" if self._stopped else how
         raise Died(f"its worker {how}" + (f"; it last wrote {inert(lines[-1])}" if lines else ""))
+
+
+def _nothing() -> None:
+    """What there is to undo where there is no worker."""
 
 
 def _tasks(pid: str) -> int:

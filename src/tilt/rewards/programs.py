@@ -78,7 +78,7 @@ class Programs:
     def __call__(self, arguments: Mapping[str, Sequence[Any]]) -> Any:
         completions = arguments["completions"]
         given = column({k: v for k, v in arguments.items() if k not in ("prompts", "completions")}, self.settings.tests, self.settings)
-        tests = [tests_of(value, i, self.settings.tests) for i, value in enumerate(given)]
+        tests = [read_tests(value, i, self.settings.tests) for i, value in enumerate(given)]
         runs = sum(len(own or ()) for own in tests)
         request = {
             "completions": list(completions), "tests": tests, "limits": self.settings.limits, "program": self.settings.program, "every": self.settings.every,
@@ -102,7 +102,7 @@ class Programs:
         self.crew.stop()
 
 
-def tests_of(value: Any, number: int, name: str) -> list[Any] | None:
+def read_tests(value: Any, number: int, name: str) -> list[Any] | None:
     """Tests as [input, output] or the text of an assertion: `[{"input": "1", "output": "2"}]` → [["1", "2"]]; None where there are none."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with contextlib.suppress(ValueError, RecursionError):  # an assertion may begin with a bracket
