@@ -282,3 +282,56 @@ def test_the_processes_of_a_worker_are_seen_by_the_tests(tortured: Callable[...,
     assert len(found) == (6 if reward.call.told["apart"] else 5), found
     reward.call.stop()
     assert all(state(pid) in ("", "Z") for pid in found)
+
+
+WILD = """
+import hashlib, os, random, signal, subprocess, sys, time
+
+def score(prompts, completions, **columns):
+    deed = random.choice(["fine", "fine", "fine", "exit", "segfault", "raise", "hang", "print", "nan", "short", "fork", "stop", "noise"])
+    with open(os.path.join(os.path.dirname(__file__), "deeds"), "a") as file:
+        file.write(deed + "\\n")
+    if deed == "exit": os._exit(0)
+    if deed == "segfault": os.kill(os.getpid(), signal.SIGSEGV)
+    if deed == "raise": raise KeyError(completions[0])
+    if deed == "hang": time.sleep(60)
+    if deed == "print": os.write(1, b"z" * (8 << 20))
+    if deed == "nan": return [float("nan")] * len(completions)
+    if deed == "short": return [1.0]
+    if deed == "fork":
+        for _ in range(6):
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", __file__], start_new_session=True)
+    if deed == "stop": os.kill(os.getppid(), signal.SIGTERM)
+    if deed == "noise":
+        for descriptor in range(3, 12):
+            try: os.write(descriptor, b"noise" * 9)
+            except OSError: pass
+    return [float(len(set(text))) for text in completions]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["zero", "skip"])
+def test_a_run_whose_reward_does_anything_ends_as_it_should(tmp_path: Path, policy: str) -> None:
+    """Six steps with two workers, called while answers are generated: every failure is counted, the run is whole, nothing is left of it."""
+    from tilt.recipes import rl
+    from tilt.runs.journal import read_metrics
+
+    file = tmp_path / "wild.py"
+    file.write_text(WILD)
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(12)))
+    function = {"file": f"{file}:score", "isolate": True, "workers": 2, "overlap": True, "memory": 1.0, "processes": 20}
+    given = {
+        "model": {"width": 16, "layers": 1, "heads": 2, "context": 32, "vocabulary": 270}, "data": {"source": str(tmp_path / "rows.jsonl"), "template": "text"},
+        "reward": {"function": function, "timeout": 1.0, "on_error": policy}, "steps": 6, "prompts": 4, "samples": 3, "sampling": {"max_tokens": 5, "slots": 5},
+        "threads": 1, "quiet": True, "root": tmp_path, "name": policy, "eval": {"prompts": 2},
+    }  # fmt: skip
+    result = rl.run(rl.Config.model_validate(given))
+    rows = read_metrics(result.directory.metrics)
+    deeds = (tmp_path / "deeds").read_text().split()
+    assert [row["step"] for row in rows] == list(range(7)) and len(deeds) > 24 and len(set(deeds)) > 5
+    failed = sum(row.get("reward/score_failed", 0) for row in rows)
+    assert failed % 3 == 0 and failed > 0, "a failure is of a prompt's answers"
+    assert "reward     the reward score" in (result.directory.path / "log.txt").read_text()
+    gone(str(file))
+    assert not zombies()

@@ -113,12 +113,8 @@ def run(config: Config, start: Start = NEW) -> Result:
     made: list[Ranked | Labelled] = []
     with session(config, "ranking", name, len(parts), IMPORTANT, label="rank", start=start) as run:
         directory = run.directory
-        run.journal.header(
-            [
-                f"run        {directory.path}", opening.headline(name, policy, device, config), *rows.notes, f"           {render.summary()}",
-                *judged.notes,
-            ]  # fmt: skip
-        )
+        shown = opening.headline(name, policy, device, config)
+        run.journal.header([f"run        {directory.path}", shown, *rows.notes, f"           {render.summary()}", *judged.notes])
         for step in run.steps(len(parts)):
             part = parts[step]
             rollouts = sampler.sample(part, config.samples, step=step, stream="rank")
