@@ -64,7 +64,8 @@ def room() -> Room:
         read_only = bool(namespaces & kernel.NEWNS) and kernel.tried(
             lambda: kernel.enter(namespaces) and kernel.tried(lambda: kernel.read_only_but(folder, 1))
         )
-    return Room(namespaces, read_only, os.getuid() == 0 and kernel.tried(_as_nobody))
+    nobody = os.getuid() == 0 and kernel.tried(lambda: (not namespaces or kernel.enter(namespaces)) and _as_nobody())
+    return Room(namespaces, read_only, nobody)
 
 
 def run(command: list[str], files: dict[str, bytes], stdin: bytes, limits: Limits, apart: Room, given: bytes = b"") -> Ended:
@@ -140,7 +141,7 @@ def _program(
 ) -> Callable[[int], None]:
     """What the program's process does before it becomes the program."""
 
-    def become(entered: int) -> None:
+    def become(_: int) -> None:
         if apart.read_only:
             kernel.read_only_but(folder, max(1, limits.file_size >> 20))
         os.chdir(folder)
@@ -152,7 +153,7 @@ def _program(
             _as_nobody()
         kernel.drop_privileges()
         kernel.die_with_parent()
-        most = limits.processes * 16 if apart.nobody else limits.processes if entered & kernel.NEWUSER else -1
+        most = limits.processes * 16 if apart.nobody else -1  # of all that nobody runs; another user's are limited by the worker
         for kind, amount, spare in (
             (resource.RLIMIT_CORE, 0, 0), (resource.RLIMIT_CPU, int(limits.seconds) + 1, 1), (resource.RLIMIT_AS, limits.memory, 0),
             (resource.RLIMIT_FSIZE, limits.file_size, 0), (resource.RLIMIT_NPROC, most, 0), (resource.RLIMIT_NOFILE, 64, 0),

@@ -39,7 +39,9 @@ def plain(value: object) -> object:
     return value if value is None or isinstance(value, bool | int | float) else {"type": type(value).__name__}
 
 
-def answer(function: object, arguments: dict[str, object]) -> object:
+def answer(function: object, asked: dict[str, object]) -> object:
+    """What the function gives for the arguments that it takes: a list of scores, or the type, or the number, of what is none."""
+    arguments = asked
     parameters = inspect.signature(function).parameters  # type: ignore[arg-type]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         arguments = {k: v for k, v in arguments.items() if k in parameters}
@@ -54,8 +56,8 @@ def answer(function: object, arguments: dict[str, object]) -> object:
     found = tolist() if callable(tolist) else found
     if not isinstance(found, list | tuple):
         return {"type": type(found).__name__}
-    count = len(arguments.get("completions", found))  # type: ignore[arg-type]
-    return [plain(v) for v in found] if len(found) <= 2 * count + 100 else {"many": len(found)}
+    most = max((len(v) for v in asked.values() if isinstance(v, list)), default=0)
+    return [plain(v) for v in found] if len(found) <= most + 100 else {"many": len(found)}
 
 
 def load(path: str, name: str) -> object:

@@ -28,7 +28,7 @@ from tilt.isolation import keeper, trees, worker
 from tilt.rewards.text import inert
 
 KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "HF_HUB_OFFLINE", "TILT_DATA")
-LARGEST, EACH = 1 << 16, 1 << 12  # bytes of an answer, and more for each completion
+LARGEST, EACH = 1 << 16, 1 << 12  # bytes of an answer, and more for each thing asked about
 TAIL = 2000  # bytes kept of what a worker writes
 GIB = 1 << 30
 
@@ -81,8 +81,11 @@ class Isolated:
             if self._process is None or self._process.poll() is not None:
                 self._again()
             self._number += 1
-            head = worker.HEAD.pack(len(request), self._number)
-            answer = self._exchange(head + request, seconds or self.seconds, LARGEST + EACH * len(arguments.get("completions", ())))
+            head, most = (
+                worker.HEAD.pack(len(request), self._number),
+                max((len(v) for v in arguments.values() if isinstance(v, list)), default=0),
+            )
+            answer = self._exchange(head + request, seconds or self.seconds, LARGEST + EACH * most)
         if "error" in answer:
             raise Raised(f"raised {inert(str(answer['error']), 300)[1:-1]} ({inert(str(answer.get('where', '')))[1:-1]})")
         return answer["value"]
