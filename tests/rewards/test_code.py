@@ -246,7 +246,7 @@ def test_hostile_answers_cost_their_own_score_only(scorer: Any) -> None:
         "print('y' * 10**8)",
         "bytearray(10 << 30)",
     ]
-    told = scorer({"code": {"seconds": 1.0, "program": "whole"}})
+    told = scorer({"code": {"seconds": 3.0, "program": "whole"}})
     test = [{"input": "", "output": "1"}]
     rewards = told(*batch([*((text, test) for text in hostile), ("print(1)", test)]))
     assert rewards.total.tolist() == [0.0] * 5 + [1.0] and rewards.scored.all() and not sum(told.report.failures.values())
