@@ -33,9 +33,7 @@ def keep(run: int, work: Callable[[int], None], *, processes: int, memory: int, 
     for number in DEAF:
         signal.signal(number, signal.SIG_IGN)
     kernel.control(kernel.PR_SET_CHILD_SUBREAPER, 1)
-    outer = (
-        namespaces & ~kernel.NEWNS if namespaces & kernel.NEWPID else namespaces
-    )  # the keeper goes on reading the /proc that shows all of them
+    outer = namespaces & ~(kernel.NEWNS if namespaces & kernel.NEWPID else 0)  # the keeper goes on reading the /proc that shows all of them
     entered = namespaces if outer and kernel.enter(outer) else 0
     apart = bool(entered & kernel.NEWPID)
     told, tell = os.pipe()

@@ -18,10 +18,13 @@ import traceback
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parents[2]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # this very tilt, whichever is installed
 
 from tilt.isolation import kernel
 from tilt.isolation.keeper import keep
+
+if __name__ == "__main__":
+    del sys.path[0]
 
 HEAD = struct.Struct("!QQ")  # length and number of a request or an answer
 LONGEST = 200  # characters of a text where a number should be

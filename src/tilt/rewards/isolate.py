@@ -125,7 +125,7 @@ class Isolated:
         )
         for stream in (self._process.stdin, self._process.stderr):
             os.set_blocking(stream.fileno(), False)  # type: ignore[union-attr]
-        self._undo = weakref.finalize(self, _kill, self._process, f"TILT_WORKER={mark}")
+        self._undo = weakref.finalize(self, _kill, self._process, f"TILT_WORKER={mark}", os.getpid())
         try:
             ready = self._exchange(b"", max(self.seconds, 60.0), LARGEST)
         except Died as error:
@@ -243,8 +243,10 @@ def _tasks(pid: str) -> int:
         return 0
 
 
-def _kill(process: subprocess.Popen[bytes], mark: str) -> None:
-    """SIGKILL to all that stands below the keeper, then to the keeper, which is reaped; where somebody else ended it, to whatever carries the worker's mark."""
+def _kill(process: subprocess.Popen[bytes], mark: str, owner: int) -> None:
+    """SIGKILL to all that stands below the keeper, then to the keeper, which is reaped, then to whatever carries the worker's mark; nothing in a copy of the run."""
+    if os.getpid() != owner:
+        return
     if process.poll() is None:
         trees.kill_below(process.pid)
         with contextlib.suppress(OSError):
