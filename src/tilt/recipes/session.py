@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -244,28 +244,26 @@ def session(
     config: Run, recipe: str, model: str, total: int, important: tuple[str, ...], *, label: str = "", start: Start = NEW
 ) -> Iterator[Session]:
     """The run's directory, new or taken up, locked, with its journal. A new run's name starts with `label`, else with the recipe."""
-    directory, resumed = _placed(config, recipe, model, label, start)
-    lock = Lock(directory.path)
-    try:
+    with ExitStack() as ending:
+        ending.enter_context(writable(Path(config.root)))
+        directory, resumed = _placed(config, recipe, model, label, start)
+        ending.callback(Lock(directory.path).release)
         notes = _changed(directory, config, recipe) if resumed else []
         if resumed:
             taken_up(directory, sys.argv)
         journal = Journal(directory, total=total, important=important, log_every=config.log_every, quiet=config.quiet)
         watchdog = Watchdog(60 * config.watchdog, directory.log)
+        ending.callback(watchdog.end)
         found = Session(config, directory, journal, total, start, watchdog=watchdog, changed=bool(notes))
+        ending.callback(found.writer.quietly)
         if isinstance(config, Training):
             found.watcher = Watcher(config.alerts)
-        try:
-            with writable(directory.path), roomy(found), journal, heeded():
-                for note in notes:
-                    journal.note(note)
-                yield found
-                found.writer.wait()
-        finally:
-            watchdog.end()
-            found.writer.quietly()
-    finally:
-        lock.release()
+        for each in (roomy(found), journal, heeded()):
+            ending.enter_context(each)
+        for note in notes:
+            journal.note(note)
+        yield found
+        found.writer.wait()
 
 
 DISK = {
