@@ -107,8 +107,8 @@ PAIRS = parquet(pa.table({"prompt": ["a"], "completion": ["b"]}))
     ("a.parquet", PAIRS[: len(PAIRS) // 2], ["a.parquet is not a readable parquet file"]),
     ("a.parquet", parquet(pa.table({"prompt": [b"\xff"], "completion": ["b"]})), ["column 'prompt' is bytes, not text"]),
     ("a.jsonl.gz", b"\x1f\x8b no gzip", ["is not a whole gzip file"]),
-    ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-9], ["is not a whole gzip file"]),
-    ("a.jsonl.gz", gzip.compress(b" " * 2**27), ["unpacks to more than 300 times its size"]),
+    ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:-9], ["is not a whole gzip file"]),
+    ("a.jsonl.gz", gzip.compress(b" " * 2**27, mtime=0), ["unpacks to more than 300 times its size"]),
     ("a.dat", GOOD, ["cannot tell the format from the ending '.dat'"]),
     ("a.txt", "\n \n", ["is empty: it holds only blanks"]),
 ])  # fmt: skip
