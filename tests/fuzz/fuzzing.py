@@ -48,20 +48,20 @@ def examine(target: Any, examples: int, seed: int | None, seconds: float = float
         if time.monotonic() > ends:
             return
         read += 1
+        place = next(places)
         if seed is not None:
             faulthandler.dump_traceback_later(STUCK, exit=True)
-        target.check(example, next(places))
+        try:
+            target.check(example, place)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     plan = settings(
         max_examples=examples, deadline=None, derandomize=seed is None, database=None, print_blob=False, report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink),
     )  # fmt: skip
     test = plan(given(target.examples)(one))
-    try:
-        (test if seed is None else hypothesis.seed(seed)(test))()
-    finally:
-        if seed is not None:
-            faulthandler.cancel_dump_traceback_later()
+    (test if seed is None else hypothesis.seed(seed)(test))()
     return read
 
 
