@@ -169,7 +169,7 @@ def whole(config: Config, opened: rl.Opened) -> tuple[dict[str, float], Keeping,
     machine.forget_peak(device)
     with session(config, "rl", opened.model, config.steps, rl.IMPORTANT) as run:
         rl.train(config, opened.parts, run)
-        peak = machine.peak(device)
+        peak = max(loaded, machine.peak(device))  # the system counts both in steps of its own
         copying, writing = checkpoint(opened.parts, run)
     rows = [row for row in read_metrics(run.directory.metrics) if "time/step" in row][1:]
     phases = {name: median(row[f"time/{name}"] for row in rows) for name in ("step", *PHASES)}
