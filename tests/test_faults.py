@@ -183,6 +183,10 @@ def test_words(refused: Callable[..., None], words: list[str], parts: list[str])
     refused(["run", *words], 2, *parts)
 
 
+def test_an_empty_word_is_no_command(refused: Callable[..., None]) -> None:
+    refused([""], 2, "No such command")
+
+
 # ------------------------------------------------------------------------------------------------ chat templates
 
 
