@@ -311,7 +311,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _dispatch(words)
     except CLICK as error:
         return _fail(
-            f"{error.format_message()}\n`{' '.join(['tilt', *(w for w in words[:1] if w and w[0] != '-'), '--help'])}` shows the options", 2, full
+            f"{error.format_message()}\n`{' '.join(['tilt', *(w for w in words[:1] if w and w[0] != '-'), '--help'])}` shows the options",
+            2,
+            full,
         )
     except TiltError as error:
         return _fail(str(error), error.exit_code, full)
