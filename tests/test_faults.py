@@ -187,6 +187,10 @@ def test_an_empty_word_is_no_command(refused: Callable[..., None]) -> None:
     refused([""], 2, "No such command")
 
 
+def test_a_name_that_no_file_can_have_is_refused(refused: Callable[..., None]) -> None:
+    refused(["replay", "x" * 5000], 2, "cannot be the name of a file")
+
+
 # ------------------------------------------------------------------------------------------------ chat templates
 
 
