@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -310,10 +311,12 @@ def other_shape(folder: Path) -> None:
     (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer"]),
 ])  # fmt: skip
 def test_checkpoints(refused: Callable[..., None], place: Path, model: Path, change: Callable[[Path], None], parts: list[str]) -> None:
-    """Nothing of a bad folder is run or unpickled, and it is refused before its memory is taken."""
-    import shutil
+    refused_unread(refused, place, model / "lm", change, parts)
 
-    shutil.copytree(model / "lm", place / "m")
+
+def refused_unread(refused: Callable[..., None], place: Path, good: Path, change: Callable[[Path], None], parts: list[str]) -> None:
+    """Nothing of a bad folder is run or unpickled, and it is refused before its memory is taken."""
+    shutil.copytree(good, place / "m")
     change(place / "m")
     refused(["sft", "model=m", "data=good.jsonl", "steps=1"], 2, *parts)
     assert not (place / "UNPICKLED").exists()
@@ -331,12 +334,7 @@ def test_checkpoints(refused: Callable[..., None], place: Path, model: Path, cha
     (written("adapter_config.json", "3"), ["adapter_config.json holds int, not an object"]),
 ])  # fmt: skip
 def test_adapters(refused: Callable[..., None], place: Path, model: Path, change: Callable[[Path], None], parts: list[str]) -> None:
-    import shutil
-
-    shutil.copytree(model / "adapter", place / "m")
-    change(place / "m")
-    refused(["sft", "model=m", "data=good.jsonl", "steps=1"], 2, *parts)
-    assert not (place / "UNPICKLED").exists()
+    refused_unread(refused, place, model / "adapter", change, parts)
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "~nobody-at-all/x", "../../../../nowhere"])

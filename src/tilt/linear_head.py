@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -43,13 +43,18 @@ def fused() -> bool:
 
 
 @contextmanager
-def plain() -> Iterator[None]:
-    """Inside, models and scores are computed from plain operations by autograd: what the others are tested against."""
-    token = _fused.set(False)
+def without(switch: ContextVar[bool]) -> Iterator[None]:
+    """Inside, this switch is off."""
+    token = switch.set(False)
     try:
         yield
     finally:
-        _fused.reset(token)
+        switch.reset(token)
+
+
+def plain() -> AbstractContextManager[None]:
+    """Inside, models and scores are computed from plain operations by autograd: what the others are tested against."""
+    return without(_fused)
 
 
 def scores(hidden: Tensor, head: LinearHead, actions: Tensor, *, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ from tilt.errors import TiltError
 from tilt.learning.learner import Learner
 from tilt.objectives import Objective
 from tilt.optim.optimizers import Optimizer
-from tilt.recipes.session import Start
+from tilt.recipes.taking_up import Start
 from tilt.rewards.score import Scorer
 from tilt.runs.comparison import differences
 from tilt.runs.lock import Lock

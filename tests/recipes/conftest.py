@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tilt.recipes import dpo, pretrain, reward_model, rl, sft
-from tilt.recipes.session import NEW, Start
+from tilt.recipes.taking_up import NEW, Start
 
 TINY = {"width": 16, "layers": 1, "heads": 2, "context": 32, "vocabulary": 270}
 

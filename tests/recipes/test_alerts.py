@@ -6,7 +6,7 @@ import pytest
 
 from tilt.errors import TiltError
 from tilt.recipes.alerts import AGAIN, Alerts, Watcher
-from tilt.recipes.session import Start
+from tilt.recipes.taking_up import Start
 from tilt.runs import checkpoints
 
 HEALTHY = {

@@ -16,7 +16,7 @@ from tilt.cli.main import main
 from tilt.errors import UsageError
 from tilt.recipes import dpo, reward_model, rl, sft
 from tilt.recipes.replaying import replay
-from tilt.recipes.session import Start
+from tilt.recipes.taking_up import Start
 from tilt.runs import checkpoints, rollout_store
 from tilt.runs.comparison import differences, differing
 from tilt.runs.journal import Journal

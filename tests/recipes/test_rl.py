@@ -18,7 +18,7 @@ from tilt.models.loading import load, tiny
 from tilt.models.policy import Policy
 from tilt.models.saving import save
 from tilt.objectives import ALGORITHMS, GLOSSARY, Imitate
-from tilt.recipes import rl, roles, session, stopping
+from tilt.recipes import rl, roles, stopping, taking_up
 from tilt.runs import rollout_store
 from tilt.sampling.sampler import Sampler
 
@@ -677,7 +677,7 @@ def test_the_end_of_a_multi_stage_pipeline_is_reusable(run_rl, trained):
 
 def test_recorded_values_are_plain():
     config = rl.Config.model_validate({"model": {}, "data": "x", "reward": [{"function": len, "weight": 2}, "exact"], "measure": max})
-    plainly, held = session.recorded(config)
+    plainly, held = taking_up.recorded(config)
     assert plainly.reward == [{"function": "builtins:len", "weight": 2}, "exact"] and plainly.measure == "builtins:max"
     assert held == ["reward.0.function", "measure"]
 

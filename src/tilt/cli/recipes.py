@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -110,10 +111,7 @@ def _place(config: Any) -> Path | None:
 def _recipe_of(word: str) -> str:
     """The folder of a run stands for its config.yaml."""
     file = Path(word) / "config.yaml"
-    try:
-        return str(file) if not word.startswith("-") and "=" not in word and file.is_file() else word
-    except (OSError, ValueError):  # a name that no file can have
-        return word
+    return str(file) if not word.startswith("-") and "=" not in word and os.path.isfile(file) else word
 
 
 def _resumed_step(overrides: Sequence[str], switches: Switches) -> tuple[int | None, list[str]]:
@@ -153,7 +151,7 @@ def _at_home(document: Document, files: Sequence[Path], switches: Switches) -> N
 
 
 def _resuming(place: Path, step: int | None) -> Any:
-    from tilt.recipes.session import Start
+    from tilt.recipes.taking_up import Start
 
     if not place.is_dir():
         if step is not None:

@@ -42,11 +42,9 @@ class Speaker:
 def folder_of(model: str) -> str:
     """A run's directory stands for its last checkpoint."""
     path = Path(os.path.expanduser(model))
-    try:
-        run = (path / "checkpoints").is_dir() and not (path / "config.json").exists()
-    except (OSError, ValueError):  # a name that no file can have
-        run = False
-    return str(checkpoints.latest(path / "checkpoints")) if run else model
+    if os.path.isdir(path / "checkpoints") and not os.path.exists(path / "config.json"):
+        return str(checkpoints.latest(path / "checkpoints"))
+    return model
 
 
 def speaker(model: str, temperature: float, max_tokens: int) -> Speaker:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -34,14 +33,9 @@ _allowed: ContextVar[bool] = ContextVar("flex", default=True)
 _judged: dict[tuple[object, ...], str] = {}
 
 
-@contextmanager
-def off() -> Iterator[None]:
+def off() -> AbstractContextManager[None]:
     """Inside, packs are attended to in padded bunches on every device."""
-    token = _allowed.set(False)
-    try:
-        yield
-    finally:
-        _allowed.reset(token)
+    return linear_head.without(_allowed)
 
 
 def allowed(device: torch.device) -> bool:

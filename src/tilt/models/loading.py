@@ -38,9 +38,7 @@ def load(
     """
     compat.quiet()
     folder = Path(os.path.expanduser(model))
-    adapter = (
-        folder if is_folder(str(folder)) and (folder / "adapter_config.json").exists() and not (folder / "config.json").exists() else None
-    )
+    adapter = folder if os.path.exists(folder / "adapter_config.json") and not (folder / "config.json").exists() else None
     name = str(model) if adapter is None else adapters.adapter_base(adapter)
     if adapter is not None:
         vetting.check_adapter(adapter)
@@ -205,7 +203,7 @@ def located(model: str | Path) -> str:
             f"model {str(model)[:100]!r}: this cannot be a folder's name.\nGive an existing folder or a hub name like Qwen/Qwen3-0.6B."
         )
     path = Path(os.path.expanduser(model))
-    if is_folder(str(path)):
+    if os.path.isdir(path):
         if not (path / "config.json").exists():
             if saved := sorted(path.glob("checkpoints/step_*"), key=lambda folder: (len(folder.name), folder.name)):
                 return str(saved[-1])
@@ -222,17 +220,9 @@ def located(model: str | Path) -> str:
 def vetted(model: str | Path) -> str:
     """The same for a model that is about to be read: a folder that cannot be trusted, or cannot be held, is refused before."""
     name = located(model)
-    if is_folder(name):
+    if os.path.isdir(name):
         reading(name, lambda: vetting.check_checkpoint(Path(name)))
     return name
-
-
-def is_folder(name: str) -> bool:
-    """Whether a name is that of a folder here; one that no file can have is not."""
-    try:
-        return Path(name).is_dir()
-    except (OSError, ValueError):
-        return False
 
 
 def reading(name: str, read: Callable[[], Any], what: str = "model") -> Any:
@@ -242,7 +232,7 @@ def reading(name: str, read: Callable[[], Any], what: str = "model") -> Any:
     except BaseException as error:
         if not is_foreign(error) or isinstance(error, torch.OutOfMemoryError):
             raise
-        if is_folder(name):
+        if os.path.isdir(name):
             raise UsageError(
                 f"{what} {name}: cannot be read: {_first_line(error)}\nWrite it again with save_pretrained, or name another folder."
             ) from error

@@ -19,10 +19,11 @@ from tilt.objectives import Preference
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import judging, opening, planning, state
 from tilt.recipes.finishing import Result
-from tilt.recipes.session import NEW, Start, finished, session
+from tilt.recipes.session import session
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.settings import ReferenceUpdate, Training
-from tilt.recipes.supervised import Held, supervised
+from tilt.recipes.supervised import supervised
+from tilt.recipes.taking_up import NEW, Start, finished
 from tilt.recipes.variants import preset_settings
 
 Precision = Callable[[], AbstractContextManager[object]]
@@ -88,7 +89,7 @@ def run(config: Config, start: Start = NEW) -> Result:
     held_anchors = _anchoring(config, row, reference, held, precision)
     numbered = Stream(list(range(len(train))), config.seed)
     optimizer = Optimizer(policy, config.optimizer.settings(), steps)
-    held_row, batch = Held(row), min(config.batch, len(train))
+    held_row, batch = state.Held(row), min(config.batch, len(train))
     moving = reference if config.reference_update.every else None
 
     def learn(step: int) -> tuple[dict[str, float], int]:

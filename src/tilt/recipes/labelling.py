@@ -21,8 +21,9 @@ from tilt.recipes import opening, planning
 from tilt.recipes.comparers import Judge, Opened, changed, opened
 from tilt.recipes.finishing import Result
 from tilt.recipes.scoring import reader
-from tilt.recipes.session import NEW, Start, finished, session
+from tilt.recipes.session import session
 from tilt.recipes.settings import Data, Run, Sampling
+from tilt.recipes.taking_up import NEW, Start, finished
 from tilt.recipes.trying import sampling_of
 from tilt.rewards.judge import Opinions, compare
 from tilt.runs.files import atomic_write

@@ -18,9 +18,10 @@ from tilt.optim.optimizers import Optimizer
 from tilt.recipes import opening, planning
 from tilt.recipes.finishing import Result
 from tilt.recipes.imitation import imitate
-from tilt.recipes.session import NEW, Start, finished, session
+from tilt.recipes.session import session
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.settings import Training
+from tilt.recipes.taking_up import NEW, Start, finished
 
 IMPORTANT = ("loss", "eval/nll", "grad_norm", "lr", "tokens_per_second")
 

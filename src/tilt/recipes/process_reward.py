@@ -15,10 +15,11 @@ from tilt.models.policy import RewardModel
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import opening, planning, state
 from tilt.recipes.finishing import Result
-from tilt.recipes.session import NEW, Start, finished, session
+from tilt.recipes.session import session
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.settings import Training
 from tilt.recipes.supervised import supervised
+from tilt.recipes.taking_up import NEW, Start, finished
 
 IMPORTANT = ("loss", "accuracy", "eval/first_wrong", "eval/accuracy", "eval/loss", "grad_norm", "lr")
 

@@ -17,8 +17,9 @@ from tilt.config import Section
 from tilt.data.tokenizers import characters
 from tilt.recipes import opening, planning, reward_model, rl, sft
 from tilt.recipes.finishing import Result
-from tilt.recipes.session import NEW, Start, session, stage_start
+from tilt.recipes.session import session, stage_start
 from tilt.recipes.settings import Run
+from tilt.recipes.taking_up import NEW, Start
 from tilt.runs.files import atomic_write
 from tilt.runs.journal import Journal, read_metrics
 from tilt.runs.text import curve, fence

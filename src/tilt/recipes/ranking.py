@@ -19,8 +19,9 @@ from tilt.recipes import opening, planning
 from tilt.recipes.finishing import Result
 from tilt.recipes.rehearsal import rehearse
 from tilt.recipes.scoring import Scoring, scoring
-from tilt.recipes.session import NEW, Start, finished, recorded, session
+from tilt.recipes.session import session
 from tilt.recipes.settings import Data, Reward, Run, Sampling
+from tilt.recipes.taking_up import NEW, Start, finished, recorded
 from tilt.recipes.trying import sampling_of
 from tilt.rewards.process import ProcessReward
 from tilt.rewards.score import earned_by

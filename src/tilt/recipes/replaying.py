@@ -14,7 +14,8 @@ from tilt.config import parse, read_file
 from tilt.data.rollouts import Rollout
 from tilt.errors import DataError, UsageError
 from tilt.recipes.scoring import Scoring
-from tilt.recipes.session import Reached, Start
+from tilt.recipes.session import Reached
+from tilt.recipes.taking_up import Start
 from tilt.rewards.functions import Scored
 from tilt.rewards.process import ProcessReward
 from tilt.rewards.text import Text

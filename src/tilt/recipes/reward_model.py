@@ -17,10 +17,11 @@ from tilt.objectives import Centring, Preference
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import judging, opening, planning, state
 from tilt.recipes.finishing import Result
-from tilt.recipes.session import NEW, Start, finished, session
+from tilt.recipes.session import session
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.settings import Training
-from tilt.recipes.supervised import Held, supervised
+from tilt.recipes.supervised import supervised
+from tilt.recipes.taking_up import NEW, Start, finished
 from tilt.recipes.variants import override, preset_settings
 
 IMPORTANT = ("loss", "accuracy", "margin", "eval/accuracy", "eval/loss", "grad_norm", "lr")
@@ -90,7 +91,7 @@ def run(config: Config, start: Start = NEW) -> Result:
     reader, views = reading(config, row, model, words.pad_token_id)
     optimizer, stream = Optimizer(model, config.optimizer.settings(), steps), Stream(train, config.seed)
     label = "rm" if config.algorithm == "reward_model" else judging.stem(name)
-    held_row, batch, autocast = Held(row), min(config.batch, len(train)), opening.precision(config, device)
+    held_row, batch, autocast = state.Held(row), min(config.batch, len(train)), opening.precision(config, device)
 
     def learn(step: int) -> tuple[dict[str, float], int]:
         chosen = stream.draw(step, batch)

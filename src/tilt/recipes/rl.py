@@ -38,8 +38,9 @@ from tilt.recipes.reporting import Clock, Recorder
 from tilt.recipes.rl_settings import Config
 from tilt.recipes.scoring import Scoring, scoring
 from tilt.recipes.selecting import Answers, select
-from tilt.recipes.session import NEW, Session, Start, finished, session
+from tilt.recipes.session import Session, session
 from tilt.recipes.stopping import Stopping
+from tilt.recipes.taking_up import NEW, Start, finished
 from tilt.recipes.trying import Trial, sampling_of
 from tilt.recipes.variants import optimised, origin
 from tilt.runs.files import atomic_write
@@ -104,7 +105,7 @@ class Seen:
 
 def train(config: Config, parts: Parts, run: Session) -> tuple[Seen, Seen, int]:
     """The walk: prompts → rollouts → rewards → signals → experience → update → published weights → record."""
-    sampler, learner, held, temperature = parts.sampler, parts.learner, Held(parts.objective), config.sampling.temperature
+    sampler, learner, held, temperature = parts.sampler, parts.learner, state.Held(parts.objective), config.sampling.temperature
     recorder = Recorder(run.directory, run.journal, parts.tokenizer, config.rollouts_every, config.steps)
     stopping, taken = Stopping(config.stop_rise, config.max_kl), 0
     remember(config, parts, run.state, held, recorder, stopping)
@@ -149,14 +150,7 @@ def train(config: Config, parts: Parts, run: Session) -> tuple[Seen, Seen, int]:
     return Seen(**run.memory["before"]), Seen.of(last), taken
 
 
-@dataclass
-class Held:
-    """The row of the step to come, which a controller may move."""
-
-    row: Objective
-
-
-def remember(config: Config, parts: Parts, kept: state.State, held: Held, recorder: Recorder, stopping: Stopping) -> None:
+def remember(config: Config, parts: Parts, kept: state.State, held: state.Held[Objective], recorder: Recorder, stopping: Stopping) -> None:
     """All that the next step depends on beside the configuration and the step's number, and what must be as it was."""
     learner, policy, moving = parts.learner, parts.learner.policy, parts.moving
     kept.given["data"] = state.digest(parts.source.items)
@@ -178,12 +172,7 @@ def remember(config: Config, parts: Parts, kept: state.State, held: Held, record
             if part.running
         },
     )
-    row = held.row
-
-    def again(numbers: Mapping[str, Any], tensors: state.Tensors) -> None:
-        held.row = state.with_scalars(row, numbers)
-
-    kept.add(row=state.Part(lambda: state.scalars(held.row), restore=again))
+    kept.add(row=held.part)
     kept.add(sampler=published(parts.sampler, policy, config))
 
 

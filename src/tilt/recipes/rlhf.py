@@ -19,9 +19,10 @@ from tilt.recipes.pretrain import Config as Pretrain
 from tilt.recipes.ranking import Config as Rank
 from tilt.recipes.reward_model import Config as RewardModel
 from tilt.recipes.rl import Config as Reinforce
-from tilt.recipes.session import NEW, Start, completed, finished, session, stage_start
+from tilt.recipes.session import session, stage_start
 from tilt.recipes.settings import Data, Run, Scratch
 from tilt.recipes.sft import Config as Finetune
+from tilt.recipes.taking_up import NEW, Start, completed, finished
 from tilt.runs.files import atomic_write
 from tilt.runs.text import fence, inert
 

@@ -18,9 +18,10 @@ from tilt.recipes import opening, planning
 from tilt.recipes.finishing import Result
 from tilt.recipes.imitation import imitate
 from tilt.recipes.scoring import Scoring, scoring
-from tilt.recipes.session import NEW, Start, finished, session
+from tilt.recipes.session import session
 from tilt.recipes.settings import Evaluation, Reward, Sampling, Training
 from tilt.recipes.settings import Optimizer as OptimizerSettings
+from tilt.recipes.taking_up import NEW, Start, finished
 from tilt.recipes.trying import Trial, sampling_of
 from tilt.recipes.variants import resolve
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tilt.errors import DataError, UsageError
-from tilt.models.saving import check_tokenizer, copied, snapshot
+from tilt.models.saving import check_tokenizer, copied, fingerprint, snapshot
 from tilt.optim.optimizers import Optimizer
 from tilt.runs.files import flush
 
@@ -155,7 +155,7 @@ def _same(value: Tensor, known: Mapping[str, Path], name: str) -> bool:
 def weights(module: nn.Module) -> Part:
     """The trained parameters of a module; the others must be what they were."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    mark = digest(f"{name} {_mark(p)}" for name, p in module.named_parameters() if not p.requires_grad)
+    mark = fingerprint(nn.ParameterList(p for p in module.parameters() if not p.requires_grad))
 
     def restore(numbers: Any, tensors: Tensors) -> None:
         if numbers["frozen"] != mark:
@@ -235,14 +235,25 @@ def with_scalars(row: Row, values: Mapping[str, Any]) -> Row:
     return replace(plain, **changes) if changes else row
 
 
+@dataclass
+class Held(Generic[Row]):
+    """The row of the step to come, which a controller or what it remembers may move."""
+
+    row: Row
+
+    @property
+    def part(self) -> Part:
+        """Its plain values."""
+
+        def restore(numbers: Any, tensors: Tensors) -> None:
+            self.row = with_scalars(self.row, numbers)
+
+        return Part(lambda: scalars(self.row), restore=restore)
+
+
 def digest(items: Iterable[object]) -> str:
     """SHA-256 over what things say of themselves, in order."""
     found = hashlib.sha256()
     for item in items:
         found.update(repr(item).encode("utf-8", "surrogatepass") + b"\0")
     return found.hexdigest()
-
-
-def _mark(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    return hashlib.sha256(data).hexdigest()

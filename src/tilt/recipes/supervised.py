@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from time import perf_counter
 
-from tilt.objectives import Preference
-from tilt.recipes import state
 from tilt.recipes.finishing import keeping
 from tilt.recipes.opening import due
 from tilt.recipes.session import Session
@@ -41,19 +38,3 @@ def supervised(
         run.alert(step, metrics)
     run.journal.step(step, named)
     return run.memory["before"], measures, step
-
-
-@dataclass
-class Held:
-    """A preference row that may remember what it saw, such as a running mean."""
-
-    row: Preference
-
-    @property
-    def part(self) -> state.Part:
-        """The row's plain values, as a part of a run's state."""
-
-        def restore(numbers: Mapping[str, object], tensors: state.Tensors) -> None:
-            self.row = state.with_scalars(self.row, numbers)
-
-        return state.Part(lambda: state.scalars(self.row), restore=restore)

@@ -106,11 +106,6 @@ def sweep(directory: Path) -> None:
         shutil.rmtree(child, ignore_errors=True)
 
 
-def size_of(path: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
 class Writer:
     """Writes checkpoints in a thread, one after the other, while training goes on. What fails there is raised by the next `wait`."""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -28,14 +28,9 @@ refused: dict[str, str] = {}
 """Why nothing is recorded any more on a type of device: its recordings failed, or gave something else."""
 
 
-@contextmanager
-def off() -> Iterator[None]:
+def off() -> AbstractContextManager[None]:
     """Inside, decoding runs step by step on every device."""
-    token = _allowed.set(False)
-    try:
-        yield
-    finally:
-        _allowed.reset(token)
+    return linear_head.without(_allowed)
 
 
 class Recording(Protocol):
