@@ -22,6 +22,9 @@ from tilt.linear_head import plain
 
 NAME = "tilt"
 
+SMALL = 2**19
+"""Scores, batch × heads × queries × keys, up to which two plain products beat the fused kernel on a CPU; they fit the caches (2 to 4 times at 5 queries of 12 keys)."""
+
 HARMLESS = frozenset(
     {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch", "logits_to_keep"}
 )  # fmt: skip
@@ -269,16 +272,18 @@ def _heads(row: Tensor, index: Tensor, heads: int) -> Tensor:
 
 def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
     """Attention of a batch, [B, heads, N, width]; without a mask it is causal. `softcap` bounds scores by c·tanh(s/c), `sinks` [heads] are scores of a key without value."""
-    groups = q.shape[1] // k.shape[1]
-    if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1)
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * scaling
+    batch, heads, asked, width = q.shape
+    kv_heads, seen = k.shape[1], k.shape[2]
+    common = softcap is None and sinks is None
+    if common and (q.device.type != "cpu" or batch * heads * asked * seen > SMALL):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=heads > kv_heads)
+    scores = ((q * scaling).reshape(batch, kv_heads, -1, width) @ k.transpose(2, 3)).view(batch, heads, asked, seen)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    hidden = ~(_causal(q.shape[2], q.device, None) if mask is None else mask)
-    scores = scores.masked_fill(hidden, float("-inf"))
+    shown = _causal(asked, q.device, None) if mask is None else mask
+    scores = scores + torch.zeros(shown.shape, dtype=scores.dtype, device=q.device).masked_fill_(~shown, float("-inf"))
     if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], 3)
+        scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(batch, heads, asked, 1)], 3)
     precise = scores if scores.dtype == torch.float64 else scores.float()
-    return torch.softmax(precise, 3)[..., : k.shape[2]].to(v.dtype) @ v
+    weights = torch.softmax(precise, 3)[..., :seen].to(v.dtype)
+    return (weights.reshape(batch, kv_heads, -1, seen) @ v).view(batch, heads, asked, width)

@@ -17,12 +17,15 @@ class Text(NamedTuple):
 
 
 def read(rollouts: Sequence[Rollout], decode: Callable[[Sequence[int]], str]) -> list[Text]:
-    """Prompts and completions as text; a prompt that several rollouts answer is decoded once."""
-    prompts: dict[tuple[int, ...], str] = {}
-    for rollout in rollouts:
-        if rollout.prompt.tokens not in prompts:
-            prompts[rollout.prompt.tokens] = decode(list(rollout.prompt.tokens))
-    return [Text(prompts[rollout.prompt.tokens], decode(list(rollout.tokens))) for rollout in rollouts]
+    """Prompts and completions as text; tokens that come several times are decoded once."""
+    known: dict[tuple[int, ...], str] = {}
+
+    def text(tokens: tuple[int, ...]) -> str:
+        if tokens not in known:
+            known[tokens] = decode(list(tokens))
+        return known[tokens]
+
+    return [Text(text(rollout.prompt.tokens), text(rollout.tokens)) for rollout in rollouts]
 
 
 def inert(text: str, limit: int = 120) -> str:

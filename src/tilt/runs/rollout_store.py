@@ -107,7 +107,8 @@ def _outcome(rows: RolloutTable) -> dict[str, pa.Array]:
 
 def _tokens(rows: RolloutTable) -> dict[str, pa.Array]:
     said = [np.asarray(r.logprobs, np.float64) for r in rows.rollouts]
-    single = all(np.array_equal(v.astype(np.float32), v, equal_nan=True) for v in said)
+    together = np.concatenate([*said, np.zeros(0)])
+    single = np.array_equal(together.astype(np.float32), together, equal_nan=True)
     columns = {
         "ids": _lists([np.asarray(r.tokens, np.uint32) for r in rows.rollouts], np.uint32),
         "mask": _lists([np.asarray(r.sampled, np.uint8) for r in rows.rollouts], np.uint8),
@@ -175,7 +176,10 @@ def _lists(values: Sequence[np.ndarray], kind: type) -> pa.Array:
 
 
 def _clip(lists: Sequence[np.ndarray]) -> pa.Array:
-    return pa.array([[None if np.isnan(v) else int(v) for v in row] for row in lists], pa.list_(pa.int8()))
+    starts = np.concatenate([[0], np.cumsum([len(v) for v in lists])]).astype(np.int32)
+    flat: np.ndarray = np.concatenate([*lists, np.zeros(0, np.float32)])
+    nothing = np.isnan(flat)
+    return pa.ListArray.from_arrays(pa.array(starts), pa.array(np.where(nothing, 0, flat).astype(np.int8), mask=nothing))
 
 
 def _storable(text: str) -> str:
