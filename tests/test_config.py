@@ -404,3 +404,9 @@ def test_every_registered_piece_refuses_unknown_keys_and_bools_for_numbers() -> 
                 if annotation in ("float", "int") or "Literal[0, 1]" in str(annotation):
                     with pytest.raises(UsageError, match=f"{key}` is True"):
                         build_piece({name: {key: True}}, registry, None, slot)
+
+
+@pytest.mark.parametrize("values", [{"name": "\ud800"}, {"objective": {"\ud800": None}}, {"\ud800": 1}, {"weights": {"\ud800": 0.5}}])
+def test_half_a_character_is_a_problem_like_any_other(values):
+    with pytest.raises(UsageError, match=r"(name|ud800|weights).*holds half a character"):
+        parse(values, Config)

@@ -120,7 +120,9 @@ def parse(values: Mapping[str, Any], cls: type[C], origin: Mapping[Key, str] | s
     A top-level `recipe:` says which recipe a file is for and must agree with `cls`.
     """
     values = dict(values)
-    problems: list[str] = []
+    problems = [f"`{'.'.join(where)}` holds half a character (a lone surrogate): write it whole" for where in _halves(values)]
+    if problems:
+        raise _refused(problems, cls)
     if "recipe" not in cls.model_fields and "recipe" in values:
         named = values.pop("recipe")
         if named != recipe_name(cls):
@@ -131,12 +133,29 @@ def parse(values: Mapping[str, Any], cls: type[C], origin: Mapping[Key, str] | s
         problems += _problems(error, values, cls, origin)
         config = None
     if problems or config is None:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UsageError(
-            f"{count} in the configuration of `{recipe_name(cls)}`:\n"
-            + "\n".join(f"  {line}" for problem in problems for line in problem.splitlines())
-        )
+        raise _refused(problems, cls)
     return config
+
+
+def _refused(problems: Sequence[str], cls: type[Section]) -> UsageError:
+    """One error that lists every problem."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = "\n".join(f"  {line}" for problem in problems for line in problem.splitlines())
+    return UsageError(f"{count} in the configuration of `{recipe_name(cls)}`:\n{lines}")
+
+
+def _halves(values: Any, where: Key = ()) -> Iterator[Key]:
+    """The places of texts that UTF-8 cannot hold, keys escaped."""
+    if isinstance(values, str):
+        if values.encode("utf-8", "replace").decode() != values:
+            yield where
+    elif isinstance(values, Mapping):
+        for key, value in values.items():
+            name = str(key).encode("ascii", "backslashreplace").decode()
+            yield from ((*where, name),) if isinstance(key, str) and any(True for _ in _halves(key)) else _halves(value, (*where, name))
+    elif isinstance(values, (list, tuple)):
+        for number, value in enumerate(values):
+            yield from _halves(value, (*where, str(number)))
 
 
 def _problems(error: ValidationError, values: Mapping[str, Any], cls: type[Section], origin: Mapping[Key, str] | str) -> list[str]:
