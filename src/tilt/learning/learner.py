@@ -56,7 +56,8 @@ class Report:
     """What an update did: metrics of the step; channels on the action axis, NaN where an action was not trained on; which sequences were `trained`, [S]; what there is to say.
 
     `first` holds the log-probabilities of the first visit, which with one optimizer step are `old`. Where asked for, of the last pass:
-    `new`, `entropy`, `ratio`, `clip` (+1 cut for being too high, -1 too low, 2 outside but not binding, 0 inside), `push` = -∂loss/∂logprobs.
+    `new`, `entropy`, `ratio`, `clip` (+1 cut for being too high, -1 too low, 2 outside but not binding, 0 inside); and summed over the
+    optimizer steps `push` = -∂loss/∂logprobs, `push_dist`, `push_value`.
     """
 
     metrics: dict[str, float]
@@ -79,18 +80,16 @@ class Tally:
     parts: list[list[Any]]
 
     def copy(self) -> Tally:
-        """One that goes on from here by itself; channels are only ever written anew."""
-        return Tally(self.meter.copy(), self.channels, [list(kept) for kept in self.parts])
+        """One that goes on from here by itself."""
+        return Tally(self.meter.copy(), self.channels.copy(), [list(kept) for kept in self.parts])
 
-    def add(
-        self, micro: Tensor, said: Outputs, share: Experience, objective: Objective, scale: float, loss: Tensor, weight: float
-    ) -> Metrics:
+    def add(self, micro: Tensor, said: Outputs, share: Experience, objective: Objective, loss: Tensor, weight: float) -> Metrics:
         """One micro-batch of these sequences, its part of the loss, and its weight in the mean of the losses; its own metrics."""
         metrics = objective.metrics(said, share)
         self.meter.add(metrics | {"loss": (loss, torch.tensor(weight))})
         for kept, measure in zip(self.parts, objective.measures, strict=True):
             kept.append(measure.part(said, share))
-        self.channels.put(micro, said, share, objective, scale)
+        self.channels.put(micro, said, share, objective)
         return metrics
 
     def read(self, objective: Objective) -> dict[str, float]:
@@ -213,8 +212,9 @@ class Learner:
                         said = self._forward(small, objective, temperature, anchor)
                     if fresh:
                         share = replace(share, signals=replace(share.signals, old=said.logprobs.detach()))
-                    loss = self._backward(small, said, share, objective, scale, watch)
-                    gaps.see(said, share, tally.add(micro, said, share, objective, scale, loss, len(micro) / count))
+                    tally.channels.hold(said)
+                    loss = self._backward(small, said, share, objective, scale)
+                    gaps.see(said, share, tally.add(micro, said, share, objective, loss, len(micro) / count))
                 return small, gaps
 
             tally, (small, gaps) = self._fitting(accumulate, tally, batch)
@@ -232,6 +232,7 @@ class Learner:
         self.version += updates > 0
         found = tally.read(objective) | lr | {"skipped": float(updates == 0), "sequences/trained": float(count)}
         found |= {"micro_tokens": float(self.settings.micro_tokens)} if settings.halve else {}
+        found |= {"policy/clipped": float((tally.channels.values["clip"].abs() == 1).sum())} if watch else {}
         if other is not None and objective.against == "old":
             found |= {"policy/kl_old": self._distance(batch, live, experience, other, temperature)}
         return Report(found, tally.channels.values, live, note)
@@ -250,13 +251,11 @@ class Learner:
                     optimizer.clear()
             self.settings = replace(self.settings, micro_tokens=self.settings.micro_tokens // 2)
 
-    def _backward(self, small: Pack, said: Outputs, share: Experience, objective: Objective, scale: float, watch: bool) -> Tensor:
-        """Add the gradient of a micro-batch, and keep that of its log-probabilities where they are watched; its part of the loss, detached."""
+    def _backward(self, small: Pack, said: Outputs, share: Experience, objective: Objective, scale: float) -> Tensor:
+        """Add the gradient of a micro-batch; its part of the loss, detached."""
         loss = objective.loss(said, share) * scale
         if not torch.isfinite(loss):
             raise NonFinite(_culprit(said, share, objective), small, share)
-        if watch and said.logprobs.requires_grad:
-            said.logprobs.retain_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach() / scale
 
