@@ -163,6 +163,7 @@ def test_the_columns_of_rollouts_are_in_step() -> None:
     """Every column that the store writes for a PPO step, beside those that a row may add, has a line in the page."""
     import inspect
 
+    from tilt.learning import channels
     from tilt.recipes import reporting
     from tilt.runs import rollout_store
 
@@ -173,6 +174,8 @@ def test_the_columns_of_rollouts_are_in_step() -> None:
         + inspect.getsource(reporting.keep_rollouts)
         + inspect.getsource(reporting.token_channels)
         + inspect.getsource(reporting.groups)
+        + inspect.getsource(reporting.Looked)
+        + " ".join(f'"{name}"' for name in channels.SHOWN)
     )
     assert all(f'"{name}"' in source for name in documented)
     written = set(re.findall(r'"(\w+)": (?:pa\.array|signals|new|torch\.expm1|experience|shaped|_lists)', source))

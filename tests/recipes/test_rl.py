@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def plain(lines: list[dict]) -> list[dict]:
 
 
 def training(lines: list[dict]) -> list[dict]:
-    return [line for line in plain(lines) if "loss" in line or "skipped" in line]
+    """What training itself says, without what is only said of steps whose channels are stored."""
+    return [{k: v for k, v in line.items() if k != "policy/clipped"} for line in plain(lines) if "loss" in line or "skipped" in line]
 
 
 @pytest.mark.parametrize("name", [name for name, row in ALGORITHMS.items() if row.credit != Imitate()])
@@ -173,7 +175,7 @@ def test_a_configuration_of_plain_values_reruns_from_its_record(run_rl, metrics)
     assert training(metrics(first)) == training(metrics(again))
 
 
-def test_stored_rollouts_hold_the_channels(run_rl):
+def test_stored_rollouts_hold_the_channels(run_rl, metrics):
     result = run_rl(algorithm="ppo", passes=2, optimizer={"lr": 3e-2}, critic_lr=1e-2)
     rows = rollout_store.read(rollout_store.path_of(result.directory.rollouts, 1))
     assert len(rows) == 16
@@ -198,9 +200,29 @@ def test_stored_rollouts_hold_the_channels(run_rl):
         assert sum(row["token_reward"]) == pytest.approx(
             row["reward"] - 0.05 * sum(o - r for o, r in zip(row["old_logprobs"], row["reference_logprobs"], strict=True)), abs=2e-2
         )
-        assert {push == 0 for push, mark in zip(row["push"], row["clip"], strict=True) if mark in (-1, 1)} <= {True}
         group = [other["reward"] for other in rows if other["group_id"] == row["group_id"]]
         assert row["group_mean"] == pytest.approx(sum(group) / 4, abs=1e-5)
+    line = metrics(result)[1]
+    assert sum(mark in (-1, 1) for row in rows for mark in row["clip"]) == line["policy/clipped"] > 0
+    looked = [row for row in rows if row["topk_ids"] is not None]
+    assert len(looked) == 8
+    for row in rows:
+        for t, token in enumerate(row["ids"]):
+            assert math.isnan(row["result"][t]) == (row not in looked)
+            if row in looked:
+                best = dict(zip(row["topk_ids"][t], row["topk_logp"][t], strict=True))
+                assert len(best) == 5 and list(best.values()) == sorted(best.values(), reverse=True)
+                assert len(row["topk_ref"][t]) == len(row["topk_text"][t]) == 5
+                assert token not in best or best[token] == pytest.approx(row["old_logprobs"][t], abs=4e-3)
+
+
+def test_channels_come_less_often_as_their_budget_is_used(run_rl):
+    result = run_rl(rollouts_every=1, steps=12, channels_mb=3e-3)
+    with_channels = [step for step in range(12) if rollout_store.has_channels(rollout_store.path_of(result.directory.rollouts, step))]
+    assert with_channels[0] == 0
+    gaps = [b - a for a, b in pairwise(with_channels)]
+    assert len(with_channels) < 12 and gaps[:-1] == sorted(gaps[:-1]) and max(gaps) >= 2 and with_channels[-1] == 11
+    assert rollout_store.stored(result.directory.rollouts) == list(range(12))
 
 
 def test_groups_without_a_difference_are_marked_skipped_and_counted(run_rl, metrics):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-
-from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -135,6 +134,19 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert a["advantage"] == pytest.approx(0.7) and a["dropped_reason"] is None and a["seed"] == [0, 1, 7, 0]
     assert a["sampler_logprobs"][0] == -1 and np.isnan(a["sampler_logprobs"][1]) and a["sampler_logprobs"][2] == -2
     assert a["clip"] == [1, None, 0] and b["clip"] == [-1, 2]
+
+
+def test_alternatives_come_back_per_sampled_token_of_the_rollouts_that_were_looked_at(tmp_path: Path) -> None:
+    ids = torch.tensor([[97, 228], [228, 98], [-1, -1], [-1, -1]])
+    said = torch.tensor([[-0.5, -1.0], [-0.25, -2.0], [torch.nan] * 2, [torch.nan] * 2])
+    rows, tokenizer = table(alternatives=rollout_store.Alternatives(ids, said, 2 * said))
+    a, b = rollout_store.read(rollout_store.write(tmp_path, 1, rows))
+    assert a["topk_ids"] == [[97, 228], None, [228, 98]] and a["topk_logp"] == [[-0.5, -1.0], None, [-0.25, -2.0]]
+    assert a["topk_ref"][0] == [-1.0, -2.0] and b["topk_ids"] is None and b["topk_text"] is None
+    shown = [[Spelling(tokenizer).shown(i) for i in row] for row in ids[:2].tolist()]
+    assert a["topk_text"] == [shown[0], None, shown[1]] and any(text.startswith("<") and len(text) == 4 for text in shown[0])
+    (c, _) = rollout_store.read(rollout_store.write(tmp_path, 2, table(alternatives=rollout_store.Alternatives(ids, said, said * torch.nan))[0]))
+    assert "topk_ref" not in c
 
 
 def test_kept_sets_come_back_per_sampled_token(tmp_path: Path) -> None:

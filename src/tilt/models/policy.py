@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tilt.data.packing import Pack
-from tilt.distributions import Anchor, collision, score_actions
+from tilt.distributions import SMALL, Anchor, collision, score_actions
 from tilt.errors import UsageError
 from tilt.models import agreement, compat
 from tilt.models.adapters import plain_copy
@@ -54,6 +54,32 @@ class Policy(nn.Module):
             collision(logits if logits.dtype == torch.float64 else logits.float()) for logits in map(self.head, hidden.split(self.chunk))
         ]
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def alternatives(self, pack: Pack, count: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of the actions [A], and the likeliest tokens before each, at most `count`, with theirs, [A, count] both.
+
+        All are of the whole vocabulary at this temperature, whatever a token was chosen among.
+        """
+        said, ids, best = [], [], []
+        for logs, actions in self._logs(pack, pack.actions[:, None], temperature):
+            top = logs.topk(min(count, logs.shape[1]))
+            said.append(logs.gather(1, actions)[:, 0])
+            ids.append(top.indices)
+            best.append(top.values)
+        return torch.cat(said), torch.cat(ids), torch.cat(best)
+
+    @torch.no_grad()
+    def said_of(self, pack: Pack, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities of these tokens before each action, [A, K] both, of the whole vocabulary at this temperature."""
+        return torch.cat([logs.gather(1, some) for logs, some in self._logs(pack, tokens, temperature)])
+
+    def _logs(self, pack: Pack, tokens: Tensor, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Log-probabilities of the whole vocabulary before some actions after others, with their share of the tokens; 64 MiB of them at a time."""
+        rows = max(1, min(self.chunk, SMALL // compat.text_config(self.lm).vocab_size))
+        for hidden, some in zip(self.before_actions(pack).split(rows), tokens.split(rows), strict=True):
+            logits = self.head(hidden)
+            yield ((logits if logits.dtype == torch.float64 else logits.float()) / temperature).log_softmax(-1), some
 
     def forward(
         self, pack: Pack, *, temperature: float = 1.0, entropy: bool = False, values: bool = False, against: Anchor | None = None

@@ -2,46 +2,79 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tilt.data.packing import Pack
 from tilt.data.rollouts import Rollout
+from tilt.learning.channels import SHOWN
 from tilt.learning.evaluation import Assessment
 from tilt.learning.learner import Report
 from tilt.learning.meter import Meter
+from tilt.learning.probing import Probe
 from tilt.objectives import Credit, Experience, Objective, Rewards, Signals
 from tilt.objectives.credit import earned, settled, shaped
 from tilt.objectives.metrics import batch_metrics
 from tilt.objectives.objective import Metrics
 from tilt.recipes.selecting import Answers, alike
+from tilt.rewards.text import Text
 from tilt.runs import rollout_store
 from tilt.runs.directory import RunDirectory
 from tilt.runs.journal import Journal, Sample
 from tilt.segments import group_count, group_mean, group_std
 
+Why = Callable[[Sequence[Rollout], Sequence[Text]], Sequence[Mapping[str, Any]]]
+"""Why each part of the reward scored each answer as it did, where it can tell."""
+
+
+class Looked(NamedTuple):
+    """What was looked at of a few answers: what the update came to, [A], and the alternatives at their tokens."""
+
+    before: Probe
+    result: Tensor
+
+    @property
+    def alternatives(self) -> rollout_store.Alternatives:
+        return rollout_store.Alternatives(self.before.ids, self.before.policy, self.before.reference)
+
+    def channels(self, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`result`; and where the update did not read the reference, what it says of these answers, as if it had."""
+        found = {"result": self.result}
+        if known["reference_logprobs"].isnan().all():
+            anchor = self.before.anchor
+            moved = torch.where(known["new_logprobs"].isnan(), self.before.before, known["new_logprobs"]) - anchor
+            found |= {"reference_logprobs": anchor, "delta_ref": moved, "kl": torch.expm1(-moved) + moved}
+        return found
+
 
 class Recorder:
     """Writes what each step says of itself, and counts answers and skipped batches over the run."""
 
-    def __init__(self, directory: RunDirectory, journal: Journal, tokenizer: Any, every: int, steps: int) -> None:
+    def __init__(self, directory: RunDirectory, journal: Journal, tokenizer: Any, every: int, steps: int, budget: float, why: Why) -> None:
         self.directory, self.journal, self.tokenizer = directory, journal, tokenizer
         self.every, self.steps, self.answers, self.skipped, self.said = every, steps, 0, 0, list[str]()
+        self.budget, self.channels, self.why = budget, 0, why
 
     def watches(self, step: int) -> bool:
-        """Whether the rollouts of this step are stored with all their token channels, and some shown: every `every`-th, and the last."""
-        return self.every > 0 and (step % self.every == 0 or step + 1 == self.steps)
+        """Whether the rollouts of this step are stored with all their token channels, and some shown: every `every`-th, and the last.
+
+        Once half of the budget (MB) is used, half as often; once half of the rest is, half as often again; and so on.
+        """
+        left = max(self.budget - self.channels / 1e6, 1e-9)
+        every = self.every * 2 ** int(math.log2(max(1.0, self.budget / left))) if math.isfinite(self.budget) else self.every
+        return self.every > 0 and (step % every == 0 or step + 1 == self.steps)
 
     def write(
         self, step: int, objective: Objective, answers: Answers, batch: Pack, experience: Experience, report: Report, clock: Clock,
-        seen: Assessment | None, more: Mapping[str, float],
+        seen: Assessment | None, more: Mapping[str, float], looked: Looked | None = None,
     ) -> dict[str, float]:  # fmt: skip
         """The step's metrics, written with `more` and those of the evaluation before it; its rollouts where it is watched; a reward's first failure in words."""
         count = len(answers.drawn.rollouts)
@@ -57,9 +90,20 @@ class Recorder:
             self.said.append(part)
             self.journal.note(f"reward     {messages[part]}")
         if self.every > 0:
-            keep_rollouts(self.directory, step, answers, experience, objective, report, self.tokenizer, shown=self.watches(step))
-        if self.watches(step):
-            show_samples(self.journal, step, answers, experience)
+            shown = self.watches(step)
+            self.channels += keep_rollouts(
+                self.directory,
+                step,
+                answers,
+                experience,
+                objective,
+                report,
+                self.tokenizer,
+                shown=self.why if shown else None,
+                looked=looked,
+            )
+            if shown:
+                show_samples(self.journal, step, answers, experience)
         return metrics
 
     def finish(self, taken: int, last: Assessment, more: Mapping[str, float]) -> None:
@@ -123,9 +167,9 @@ def measures(
 
 def keep_rollouts(
     directory: RunDirectory, step: int, answers: Answers, experience: Experience, objective: Objective, report: Report, tokenizer: Any, *,
-    shown: bool,
-) -> None:  # fmt: skip
-    """Store the step's rollouts, where they are `shown` with their token channels."""
+    shown: Why | None, looked: Looked | None = None,
+) -> int:  # fmt: skip
+    """Store the step's rollouts, where they are `shown` with why they were scored so and their token channels; the bytes of these before they are compressed."""
     every, advantages = answers.drawn, experience.advantages[experience.layout.starts]
     sequences: dict[str, Tensor | Sequence[Any]] = {
         "advantage": lengthened(advantages, len(every.rollouts)),
@@ -133,12 +177,18 @@ def keep_rollouts(
         "dropped_reason": dropped(every, report.trained, objective.credit),
     }
     channels = token_channels(answers.rewards, experience, objective, report) if shown else {}
+    if shown and any(reasons := shown(every.rollouts, every.texts)):
+        sequences["checker"] = [json.dumps(each, ensure_ascii=False) for each in reasons]
+    if looked is not None:
+        channels |= looked.channels(channels)
     count = every.layout.actions
+    kept = {name: lengthened(value, count) for name, value in channels.items() if not value.isnan().all()}
     table = rollout_store.RolloutTable(
         every.rollouts, every.texts, every.rewards, tokenizer, sequences,
-        {name: lengthened(value, count) for name, value in channels.items() if not value.isnan().all()}, run=directory.name, shown=shown,
+        kept, run=directory.name, shown=shown is not None, alternatives=None if looked is None else looked.alternatives,
     )  # fmt: skip
     rollout_store.write(directory.rollouts, step, table)
+    return count * sum(1 if name == "clip" else 2 for name in kept)
 
 
 def token_channels(rewards: Rewards, experience: Experience, objective: Objective, report: Report) -> dict[str, Tensor]:
@@ -150,7 +200,7 @@ def token_channels(rewards: Rewards, experience: Experience, objective: Objectiv
         "delta_ref": new - signals.reference, "kl": torch.expm1(signals.reference - new) - (signals.reference - new),
         "adv_t": experience.advantages, "value": signals.values, "return": experience.returns,
         "token_reward": shaped(quiet, known, layout, getattr(objective.credit, "kl", 0.0)),
-        **{name: report.channels[name] for name in ("ratio", "clip", "entropy", "push")},
+        **{name: report.channels[name] for name in SHOWN if name != "new"},
     }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from tilt.learning.evaluation import Assessment
 from tilt.learning.guards import Guards
 from tilt.learning.learner import Learner, Passes
 from tilt.learning.pretraining import Pretraining
+from tilt.learning.probing import probe, result
 from tilt.models import compat
 from tilt.models.policy import Policy
 from tilt.objectives import Objective, Signals, TrustRegion, card
@@ -34,7 +35,7 @@ from tilt.recipes.companion import companion
 from tilt.recipes.finishing import Result, beside, keeping
 from tilt.recipes.rehearsal import rehearse
 from tilt.recipes.replaying import Store
-from tilt.recipes.reporting import Clock, Recorder
+from tilt.recipes.reporting import Clock, Looked, Recorder
 from tilt.recipes.rl_settings import Config
 from tilt.recipes.scoring import Scoring, scoring
 from tilt.recipes.selecting import Answers, select
@@ -106,7 +107,9 @@ class Seen:
 def train(config: Config, parts: Parts, run: Session) -> tuple[Seen, Seen, int]:
     """The walk: prompts → rollouts → rewards → signals → experience → update → published weights → record."""
     sampler, learner, held, temperature = parts.sampler, parts.learner, state.Held(parts.objective), config.sampling.temperature
-    recorder = Recorder(run.directory, run.journal, parts.tokenizer, config.rollouts_every, config.steps)
+    recorder = Recorder(
+        run.directory, run.journal, parts.tokenizer, config.rollouts_every, config.steps, config.channels_mb, parts.scoring.score.reasons
+    )
     stopping, taken = Stopping(config.stop_rise, config.max_kl), 0
     remember(config, parts, run.state, held, recorder, stopping)
     for step in run.steps(config.steps):
@@ -125,6 +128,9 @@ def train(config: Config, parts: Parts, run: Session) -> tuple[Seen, Seen, int]:
         with clock("evaluate"):
             signals = ended(learner.evaluate(batch, wanted(objective, config, learner.settings), temperature=temperature), objective)
         experience = objective.prepare(answers.rewards, signals, batch.layout)
+        began = perf_counter()
+        before = probe(learner, batch, temperature) if watch else None
+        spent = perf_counter() - began
         with clock("update"), keeping(run.directory, step):
             report = learner.update(
                 batch, experience, objective, temperature=temperature, step=step, only_critic=step < critic_warmup(config, objective), watch=watch,
@@ -134,8 +140,9 @@ def train(config: Config, parts: Parts, run: Session) -> tuple[Seen, Seen, int]:
             sampler.load(learner.policy)
         more = followed(parts, step + 1, config)
         began = perf_counter()
-        metrics = recorder.write(step, objective, answers, batch, experience, report, clock, seen, more)
-        run.recording[watch].append(perf_counter() - began)
+        looked = None if before is None else Looked(before, result(learner, batch, before, temperature))
+        metrics = recorder.write(step, objective, answers, batch, experience, report, clock, seen, more, looked)
+        run.recording[watch].append(perf_counter() - began + spent)
         if step >= critic_warmup(config, objective):
             held.row = objective.following(metrics | {"sequences": len(answers.rollouts)})
         run.alert(step, metrics)
@@ -164,7 +171,7 @@ def remember(config: Config, parts: Parts, kept: state.State, held: state.Held[O
         reference=None if moving is None else state.tensors_of(lambda: dict(moving.reference.named_parameters())),
         distance=None if moving is None else state.attributes(moving, "distance"),
         learner=progress(learner),
-        counts=state.attributes(recorder, "answers", "skipped", "said"),
+        counts=state.attributes(recorder, "answers", "skipped", "said", "channels"),
         stopping=state.attributes(stopping, "scores", "deviation"),
         **{
             f"reward_{part.name}": state.attributes(part.running, "count", "mean", "squares")

@@ -94,6 +94,13 @@ class Config(Training):
             description="steps between rollouts stored with every token channel, and shown; those of other steps are stored without; 0 = none at all",
         ),
     ] = 10
+    channels_mb: Annotated[
+        float,
+        Field(
+            gt=0.0,
+            description="megabytes of token channels a run may store, before compression; with half of them used they come half as often, and so on",
+        ),
+    ] = 64.0
 
     @model_validator(mode="before")
     @classmethod

@@ -22,6 +22,7 @@ from tilt.rewards.ahead import Ahead
 from tilt.rewards.functions import RewardFunction, Scored
 from tilt.rewards.pace import Pace, advice
 from tilt.rewards.programs import Code, Programs
+from tilt.rewards.reasons import Reason, reasons
 from tilt.rewards.spec import Function, Judge, LoadModel, Model, Process, RewardSpec, function_of, parse
 from tilt.rewards.text import Text
 from tilt.segments import Layout
@@ -189,6 +190,16 @@ class Scorer:
         functions = [part.call.call if isinstance(part.call, Ahead) else part.call for part in self.parts]
         found = [function.function.call for function in functions if isinstance(function, Called)]
         return [call.note for call in found if isinstance(call, Programs)]
+
+    def reasons(self, rollouts: Sequence[Rollout], texts: Sequence[Text]) -> list[dict[str, Reason]]:
+        """For each answer why each rule of the library scored it as it did, by part; functions and models do not say."""
+        found: list[dict[str, Reason]] = [{} for _ in rollouts]
+        rules = {part.name: part.call.function.call for part in self.parts if isinstance(part.call, Called)}
+        columns = columns_of(rollouts) if rules else {}
+        for name, rule in rules.items():
+            for mine, reason in zip(found, reasons(rule, [t.completion for t in texts], columns) or (), strict=False):
+                mine[name] = reason
+        return found
 
     @property
     def overlaps(self) -> bool:

@@ -28,6 +28,16 @@ class Spelling:
             self.known[token] = self._look_up(token)
         return self.known[token]
 
+    def shown(self, token: int) -> str:
+        """A token as a person reads it: its text, or its bytes as `<e4 bd>` where they are no whole characters."""
+        spelled = self.bytes_of(token)
+        if spelled is None:
+            return str(self.tokenizer.decode([token]))
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return f"<{spelled.hex(' ')}>"
+
     def _look_up(self, token: int) -> bytes | None:
         if token in self.added:
             return str(self.added[token].content).encode()

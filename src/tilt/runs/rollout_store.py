@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,14 @@ from tilt.runs.offsets import Spelling, text_offsets
 SCHEMA_VERSION = 2
 CHANNELS = ("sampler_logprobs", "old_logprobs", "reference_logprobs", "new_logprobs", "delta_ref", "value", "entropy")
 """Token channels that are read again."""
+
+
+class Alternatives(NamedTuple):
+    """The likeliest tokens before each action, `ids` [A, K], −1 where nobody looked, with log-probabilities under policy and reference [A, K]; NaN = not known."""
+
+    ids: Tensor
+    policy: Tensor
+    reference: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class RolloutTable:
     run: str = ""
     split: str = "train"
     shown: bool = True
+    alternatives: Alternatives | None = None
 
 
 def path_of(directory: Path | str, step: int) -> Path:
@@ -62,7 +71,7 @@ def write(directory: Path | str, step: int, rows: RolloutTable) -> Path:
     Path(directory).mkdir(parents=True, exist_ok=True)
     count = len(rows.rollouts)
     assert len(rows.texts) == count == len(rows.rewards.total), "one text and one reward per rollout"
-    columns = {**_identity(step, rows), **_outcome(rows), **_tokens(rows), **_channels(rows)}
+    columns = {**_identity(step, rows), **_outcome(rows), **_tokens(rows), **_channels(rows), **_alternatives(rows)}
     table = pa.table(columns).replace_schema_metadata({"schema_version": str(SCHEMA_VERSION), "step": str(step)})
     return atomic_write(path_of(directory, step), lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 
@@ -165,6 +174,33 @@ def _channels(rows: RolloutTable) -> dict[str, pa.Array]:
             lists.append(channel)
         columns[name] = _clip(lists) if name == "clip" else _lists(lists, np.float16)
     return columns
+
+
+def _alternatives(rows: RolloutTable) -> dict[str, pa.Array]:
+    """`topk_ids`, `topk_text`, `topk_logp` and `topk_ref`: of each token a list of alternatives, null where it is no action, and of a rollout that nobody looked at."""
+    if rows.alternatives is None:
+        return {}
+    spelling = Spelling(rows.tokenizer)
+    found: dict[str, list[Any]] = {"topk_ids": [], "topk_text": [], "topk_logp": [], "topk_ref": []}
+    ids, policy, reference = (x.tolist() for x in rows.alternatives)
+    known, at = not rows.alternatives.reference.isnan().all(), 0
+    for rollout in rows.rollouts:
+        places = range(at, at + sum(rollout.sampled))
+        at += len(places)
+        looked = bool(places) and at <= len(ids) and ids[places[0]][0] >= 0
+        which = iter(places)
+        each = [next(which) if sampled else None for sampled in rollout.sampled] if looked else None
+        for name, values in (("topk_ids", ids), ("topk_logp", policy), ("topk_ref", reference)):
+            found[name].append(None if each is None else [None if i is None else values[i] for i in each])
+        texts = None if each is None else [None if i is None else [spelling.shown(token) for token in ids[i]] for i in each]
+        found["topk_text"].append(texts)
+    kinds = {"topk_ids": pa.int32(), "topk_text": pa.string(), "topk_logp": pa.float16(), "topk_ref": pa.float16()}
+    halves = {"topk_logp", "topk_ref"}
+    return {
+        name: pa.array(values, pa.list_(pa.list_(pa.float32() if name in halves else kinds[name]))).cast(pa.list_(pa.list_(kinds[name])))
+        for name, values in found.items()
+        if known or name != "topk_ref"
+    }
 
 
 def _lists(values: Sequence[np.ndarray], kind: type) -> pa.Array:
