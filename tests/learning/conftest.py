@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from tilt.data.rollouts import Prompt, Rollout
 from tilt.learning.learner import Learner, Passes
 from tilt.models.loading import tiny
 from tilt.models.policy import Critic, Policy
-from tilt.objectives import Rewards
+from tilt.objectives import Objective, Rewards
 from tilt.optim.optimizers import AdamW, Optimizer
 
 WHOLE = Passes()
@@ -122,3 +123,28 @@ def gradients():
         return found, report, experience
 
     return collect
+
+
+@pytest.fixture
+def frozen(monkeypatch):
+    """A context in which whatever is detached, and every correction, keeps the value of the first evaluation: what a derivative holds still.
+
+    It gives a function to be called before each evaluation.
+    """
+
+    @contextmanager
+    def hold():
+        kept, place, plain, factors = [], [0], torch.Tensor.detach, Objective.factors
+
+        def first(make):
+            if place[0] == len(kept):
+                kept.append(plain(make()).clone())
+            place[0] += 1
+            return kept[place[0] - 1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "detach", lambda x: first(lambda: plain(x)))
+            patch.setattr(Objective, "factors", lambda row, *given: first(lambda: factors(row, *given)))
+            yield lambda: place.__setitem__(0, 0)
+
+    return hold

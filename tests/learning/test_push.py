@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -19,23 +18,6 @@ from tilt.objectives import ALGORITHMS, Objective, Outputs, Rewards, Signals
 from tilt.segments import Layout, segment_mean, segment_sum, spread
 
 STEP = 1e-6
-
-
-@contextmanager
-def frozen(monkeypatch):
-    """Whatever is detached, and every correction, keeps the value of the first evaluation: what a derivative holds still."""
-    kept, place, plain, factors = [], [0], Tensor.detach, Objective.factors
-
-    def hold(make):
-        if place[0] == len(kept):
-            kept.append(plain(make()).clone())
-        place[0] += 1
-        return kept[place[0] - 1]
-
-    monkeypatch.setattr(Tensor, "detach", lambda x: hold(lambda: plain(x)))
-    monkeypatch.setattr(Objective, "factors", lambda row, *given: hold(lambda: factors(row, *given)))
-    yield lambda: place.__setitem__(0, 0)
-    monkeypatch.undo()
 
 
 def known(row: Objective):
@@ -57,13 +39,13 @@ def pushed(row: Objective, logits: Tensor, experience, values: Tensor) -> dict[s
 
 
 @pytest.mark.parametrize("name", [name for name, row in ALGORITHMS.items() if getattr(row, "against", "none") == "none"])
-def test_push_is_the_slope_of_the_loss_in_each_log_probability(name, monkeypatch):
+def test_push_is_the_slope_of_the_loss_in_each_log_probability(name, frozen):
     row = ALGORITHMS[name]
     batch, experience = known(row)
     bend = 0.003 * torch.arange(1.0, 11.0).double().sin()  # away from the kinks on which the fixture puts some ratios and values
     policy, values = batch.outputs.logprobs.detach() + bend, batch.outputs.values.detach() + bend
     found = pushed(row, policy, experience, values)
-    with frozen(monkeypatch) as again:
+    with frozen() as again:
 
         def loss(logprobs: Tensor, worth: Tensor) -> float:
             again()

@@ -37,6 +37,14 @@ class Reader(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    def look(self, laid: Laid) -> Tensor:
+        """What the model itself says: log-probabilities of the actions [A], or scores."""
+        ...
+
+    def views(self, laid: Laid, said: Tensor) -> list[Pairs]:
+        """The comparisons, from what `look` gave."""
+        ...
+
     def __call__(self, laid: Laid) -> list[Pairs]: ...
 
 
@@ -56,7 +64,13 @@ class Likelihoods:
         return compat.device_of(self.policy)
 
     def __call__(self, laid: Laid) -> list[Pairs]:
-        layout, logprobs = laid.pack.layout, _exact(self.policy(laid.pack).logprobs)
+        return self.views(laid, self.look(laid))
+
+    def look(self, laid: Laid) -> Tensor:
+        return _exact(self.policy(laid.pack).logprobs)
+
+    def views(self, laid: Laid, said: Tensor) -> list[Pairs]:
+        layout, logprobs = laid.pack.layout, said
         total, lengths = segment_sum(logprobs, layout), layout.lengths.to(logprobs)
         known = {"lengths": lengths}
         if "confidence" in self.needs:
@@ -82,11 +96,17 @@ class EndScores:
         return compat.device_of(self.model)
 
     def __call__(self, laid: Laid) -> list[Pairs]:
+        return self.views(laid, self.look(laid))
+
+    def look(self, laid: Laid) -> Tensor:
+        """The score of each sequence [S]; `along` that read after every token of the pack [T]."""
+        return _exact(self.model.everywhere(laid.pack) if self.along else self.model(laid.pack))
+
+    def views(self, laid: Laid, said: Tensor) -> list[Pairs]:
         if not self.along:
-            return [pairs_of(laid, _exact(self.model(laid.pack)))]
-        everywhere = _exact(self.model.everywhere(laid.pack))
+            return [pairs_of(laid, said)]
         layout, tokens = token_layout(laid)
-        return [pairs_of(laid, everywhere[laid.last]), pairs_of(laid, segment_mean(everywhere[tokens], layout))]
+        return [pairs_of(laid, said[laid.last]), pairs_of(laid, segment_mean(said[tokens], layout))]
 
 
 @dataclass(frozen=True)
@@ -104,7 +124,14 @@ class SpanScores:
         return compat.device_of(self.model)
 
     def __call__(self, laid: Laid) -> list[Pairs]:
-        everywhere = _exact(self.model.everywhere(laid.pack))
+        return self.views(laid, self.look(laid))
+
+    def look(self, laid: Laid) -> Tensor:
+        """The score read after every token of the pack [T]."""
+        return _exact(self.model.everywhere(laid.pack))
+
+    def views(self, laid: Laid, said: Tensor) -> list[Pairs]:
+        everywhere = said
         first = (laid.last + 1).tolist()  # one past the end of each answer
         chosen: list[int] = []
         rejected: list[int] = []
@@ -278,6 +305,38 @@ def update_pairs(
     if not torch.isfinite(norm):
         raise NonFinite("the gradient", laid.pack)
     return measured(row, whole[0]) | {"loss": float(total), "grad_norm": float(norm), "lr": lr}, row.advance(whole[0])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A micro-batch before its step: what the model `said` (log-probabilities [A], or scores), and `push` = −∂loss/∂said, of the same shape."""
+
+    laid: Laid
+    said: Tensor
+    push: Tensor
+
+
+def asked(
+    reader: Reader, row: Preference, examples: Sequence[Judged], anchors: Anchors | None,
+    *, views: Sequence[float] = (1.0,), micro_tokens: int, autocast: Precision = nullcontext,
+) -> list[Asked]:  # fmt: skip
+    """What the step that `update_pairs` takes on this batch asks of each action, or of each score; nothing is learned and no gradient is left."""
+    others = _mismatched(reader, row, examples, anchors, micro_tokens, autocast)
+    parts, seen, found = portions(examples, micro_tokens), [], []
+    for part in parts:
+        laid = lay([examples[i] for i in part], len(examples), padding=reader.padding).to(reader.device)
+        with torch.no_grad(), autocast():
+            said = reader.look(laid)
+        said = said.detach().requires_grad_()
+        near = None if anchors is None else anchors.of(part)
+        with autocast():
+            seen.append([replace(held_against(view, near), mismatched=others) for view in reader.views(laid, said)])
+        found.append((laid, said))
+    whole = [Pairs.join(view) for view in zip(*seen, strict=True)]
+    loss = torch.stack([share * row.loss(view) for share, view in zip(views, whole, strict=True)]).sum()
+    slopes = torch.autograd.grad(loss, [said for _, said in found], allow_unused=True)
+    pairs = zip(found, slopes, strict=True)
+    return [Asked(laid, said.detach(), torch.zeros_like(said) if slope is None else -slope) for (laid, said), slope in pairs]
 
 
 def measured(row: Preference, pairs: Pairs) -> dict[str, float]:
