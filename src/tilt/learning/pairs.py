@@ -184,11 +184,15 @@ def pairs_of(laid: Laid, scores: Tensor, chosen: Mapping[str, Tensor] = NOTHING,
 
 @dataclass(frozen=True)
 class Anchors:
-    """What the reference says of every comparison of a data set, and of its mismatched answers; `ends` [E + 1, 3] is where each example's begin."""
+    """What the reference says of every comparison of a data set, and of its mismatched answers; `ends` [E + 1, 3] is where each example's begin.
+
+    `said` has for each example its log-probabilities of the actions of all its answers.
+    """
 
     pairs: Pairs
     mismatched: Tensor
     ends: Tensor
+    said: tuple[Tensor, ...] = ()
 
     def of(self, examples: Sequence[int]) -> Anchors:
         """Those of these examples, in this order."""
@@ -200,7 +204,7 @@ class Anchors:
         ]
         each = torch.stack([self.ends[e + 1] - self.ends[e] for e in examples]) if examples else self.ends.new_zeros(0, 3)
         ends = torch.cat([each.new_zeros(1, 3), each.cumsum(0)])
-        return Anchors(self.pairs.take(picked[0], picked[1]), self.mismatched[picked[2]], ends)
+        return Anchors(self.pairs.take(picked[0], picked[1]), self.mismatched[picked[2]], ends, tuple(self.said[e] for e in examples))
 
 
 def counts(example: Judged) -> tuple[int, int, int]:
@@ -213,18 +217,28 @@ def counts(example: Judged) -> tuple[int, int, int]:
 
 def read_anchors(reader: Reader, examples: Sequence[Judged], micro_tokens: int, autocast: Precision = nullcontext) -> Anchors:
     """The first view of the reference, without gradient, on the CPU."""
-    (pairs, *_) = read(reader, examples, micro_tokens, autocast)
+    said: list[Tensor] = []
+    (pairs, *_) = read(reader, examples, micro_tokens, autocast, said)
     ends = torch.tensor([(0, 0, 0), *map(counts, examples)]).cumsum(0)
-    return Anchors(pairs.to("cpu"), read_mismatched(reader, examples, micro_tokens, autocast).scores.cpu(), ends)
+    sizes = [sum(len(answer.tokens) for answer in example.answers) for example in examples]
+    return Anchors(
+        pairs.to("cpu"), read_mismatched(reader, examples, micro_tokens, autocast).scores.cpu(), ends, torch.cat(said).cpu().split(sizes)
+    )
 
 
-def read(reader: Reader, examples: Sequence[Judged], micro_tokens: int, autocast: Precision = nullcontext) -> list[Pairs]:
-    """Every view of a whole batch or data set, without gradient."""
+def read(
+    reader: Reader, examples: Sequence[Judged], micro_tokens: int, autocast: Precision = nullcontext, keep: list[Tensor] | None = None
+) -> list[Pairs]:
+    """Every view of a whole batch or data set, without gradient; what the model itself says is added to `keep`."""
     views = []
     with torch.no_grad():
         for part in portions(examples, micro_tokens):
             with autocast():
-                views.append(reader(lay([examples[i] for i in part], len(examples), padding=reader.padding).to(reader.device)))
+                laid = lay([examples[i] for i in part], len(examples), padding=reader.padding).to(reader.device)
+                said = reader.look(laid)
+                views.append(reader.views(laid, said))
+            if keep is not None:
+                keep.append(said)
     return [Pairs.join(view) for view in zip(*views, strict=True)]
 
 

@@ -19,6 +19,7 @@ from tilt.objectives import Preference
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import judging, opening, planning, state
 from tilt.recipes.finishing import Result
+from tilt.recipes.pair_record import PairRecorder, Stored
 from tilt.recipes.session import session
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.settings import ReferenceUpdate, Training
@@ -30,7 +31,7 @@ Precision = Callable[[], AbstractContextManager[object]]
 IMPORTANT = ("loss", "accuracy", "margin", "eval/accuracy", "eval/margin", "grad_norm", "lr")
 
 
-class Config(Training):
+class Config(Training, Stored):
     """Preference optimisation on pairs, rankings or labelled answers, by any row of the table or one of your own; the reference is the policy as it starts."""
 
     algorithm: Annotated[str, Field(description="a preference row of `tilt algorithms` that reads likelihoods, or file.py:NAME")] = "dpo"
@@ -95,8 +96,10 @@ def run(config: Config, start: Start = NEW) -> Result:
     def learn(step: int) -> tuple[dict[str, float], int]:
         numbers = numbered.draw(step, batch)
         chosen = [train[i] for i in numbers]
+        near = anchors(numbers)
+        record(step, reader, held_row.row, chosen, near, micro_tokens=config.micro_tokens, autocast=precision)
         report, held_row.row = update_pairs(
-            reader, optimizer, held_row.row, chosen, anchors(numbers), micro_tokens=config.micro_tokens, autocast=precision
+            reader, optimizer, held_row.row, chosen, near, micro_tokens=config.micro_tokens, autocast=precision
         )
         if moving is not None and (step + 1) % config.reference_update.every == 0:
             move_reference(moving, policy, config.reference_update.share)
@@ -110,6 +113,7 @@ def run(config: Config, start: Start = NEW) -> Result:
         run.state.publish(policy.lm, tokenizer)
         run.state.add(policy=state.weights(policy.lm), optimizer=state.optimizing(optimizer), row=held_row.part)
         run.state.add(reference=None if moving is None else state.tensors_of(lambda: dict(moving.named_parameters())))
+        record = PairRecorder.of(config, run, tokenizer, steps)
         run.journal.header(
             [
                 f"run        {run.directory.path}",

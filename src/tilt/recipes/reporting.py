@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -55,22 +55,32 @@ class Looked(NamedTuple):
         return found
 
 
+@dataclass
+class Shown:
+    """Which steps are stored with their token channels: every `every`-th, and the last; `bytes` of channels were stored, of a budget in megabytes.
+
+    Once half of the budget is used, half as often; once half of the rest is, half as often again; and so on. every 10: 0 10 … 40 60 80 120 …
+    """
+
+    every: int
+    budget: float
+    bytes: int = 0
+
+    def due(self, step: int, steps: int) -> bool:
+        every = self.every * 2 ** int(math.log2(self.budget / max(self.budget - self.bytes / 1e6, self.budget / 2**20)))
+        return self.every > 0 and (step % every == 0 or step + 1 == steps)
+
+
 class Recorder:
     """Writes what each step says of itself, and counts answers and skipped batches over the run."""
 
-    def __init__(self, directory: RunDirectory, journal: Journal, tokenizer: Any, every: int, steps: int, budget: float, why: Why) -> None:
-        self.directory, self.journal, self.tokenizer = directory, journal, tokenizer
-        self.every, self.steps, self.answers, self.skipped, self.said = every, steps, 0, 0, list[str]()
-        self.budget, self.channels, self.why = budget, 0, why
+    def __init__(self, directory: RunDirectory, journal: Journal, tokenizer: Any, steps: int, shown: Shown, why: Why) -> None:
+        self.directory, self.journal, self.tokenizer, self.steps, self.shown, self.why = directory, journal, tokenizer, steps, shown, why
+        self.answers, self.skipped, self.said = 0, 0, list[str]()
 
     def watches(self, step: int) -> bool:
-        """Whether the rollouts of this step are stored with all their token channels, and some shown: every `every`-th, and the last.
-
-        Once half of the budget (MB) is used, half as often; once half of the rest is, half as often again; and so on.
-        """
-        left = max(self.budget - self.channels / 1e6, 1e-9)
-        every = self.every * 2 ** int(math.log2(max(1.0, self.budget / left))) if math.isfinite(self.budget) else self.every
-        return self.every > 0 and (step % every == 0 or step + 1 == self.steps)
+        """Whether the rollouts of this step are stored with all their token channels, and some shown."""
+        return self.shown.due(step, self.steps)
 
     def write(
         self, step: int, objective: Objective, answers: Answers, batch: Pack, experience: Experience, report: Report, clock: Clock,
@@ -89,9 +99,9 @@ class Recorder:
         for part in sorted(messages.keys() - set(self.said)):
             self.said.append(part)
             self.journal.note(f"reward     {messages[part]}")
-        if self.every > 0:
+        if self.shown.every > 0:
             shown = self.watches(step)
-            self.channels += keep_rollouts(
+            self.shown.bytes += keep_rollouts(
                 self.directory,
                 step,
                 answers,

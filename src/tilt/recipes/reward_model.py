@@ -17,6 +17,7 @@ from tilt.objectives import Centring, Preference
 from tilt.optim.optimizers import Optimizer
 from tilt.recipes import judging, opening, planning, state
 from tilt.recipes.finishing import Result
+from tilt.recipes.pair_record import PairRecorder, Stored
 from tilt.recipes.session import session
 from tilt.recipes.settings import Optimizer as OptimizerSettings
 from tilt.recipes.settings import Training
@@ -27,7 +28,7 @@ from tilt.recipes.variants import override, preset_settings
 IMPORTANT = ("loss", "accuracy", "margin", "eval/accuracy", "eval/loss", "grad_norm", "lr")
 
 
-class Config(Training):
+class Config(Training, Stored):
     """A reward model trained on pairs, rankings or labelled answers; it starts from the body of a language model."""
 
     algorithm: Annotated[str, Field(description="a preference row of `tilt algorithms` that reads scores, or file.py:NAME")] = (
@@ -95,6 +96,7 @@ def run(config: Config, start: Start = NEW) -> Result:
 
     def learn(step: int) -> tuple[dict[str, float], int]:
         chosen = stream.draw(step, batch)
+        record(step, reader, held_row.row, chosen, None, views=views, micro_tokens=config.micro_tokens, autocast=autocast)
         report, held_row.row = update_pairs(
             reader, optimizer, held_row.row, chosen, None, views=views, micro_tokens=config.micro_tokens, autocast=autocast
         )
@@ -104,6 +106,7 @@ def run(config: Config, start: Start = NEW) -> Result:
         run.state.given["data"] = state.digest(train)
         run.state.publish(model.model, words)
         run.state.add(model=state.weights(model.model), optimizer=state.optimizing(optimizer), row=held_row.part)
+        record = PairRecorder.of(config, run, words, steps)
         run.journal.header(
             [
                 f"run        {run.directory.path}",

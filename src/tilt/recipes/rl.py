@@ -35,7 +35,7 @@ from tilt.recipes.companion import companion
 from tilt.recipes.finishing import Result, beside, keeping
 from tilt.recipes.rehearsal import rehearse
 from tilt.recipes.replaying import Store
-from tilt.recipes.reporting import Clock, Looked, Recorder
+from tilt.recipes.reporting import Clock, Looked, Recorder, Shown
 from tilt.recipes.rl_settings import Config
 from tilt.recipes.scoring import Scoring, scoring
 from tilt.recipes.selecting import Answers, select
@@ -107,9 +107,8 @@ class Seen:
 def train(config: Config, parts: Parts, run: Session) -> tuple[Seen, Seen, int]:
     """The walk: prompts → rollouts → rewards → signals → experience → update → published weights → record."""
     sampler, learner, held, temperature = parts.sampler, parts.learner, state.Held(parts.objective), config.sampling.temperature
-    recorder = Recorder(
-        run.directory, run.journal, parts.tokenizer, config.rollouts_every, config.steps, config.channels_mb, parts.scoring.score.reasons
-    )
+    shown = Shown(config.rollouts_every, config.channels_mb)
+    recorder = Recorder(run.directory, run.journal, parts.tokenizer, config.steps, shown, parts.scoring.score.reasons)
     stopping, taken = Stopping(config.stop_rise, config.max_kl), 0
     remember(config, parts, run.state, held, recorder, stopping)
     for step in run.steps(config.steps):
@@ -171,7 +170,8 @@ def remember(config: Config, parts: Parts, kept: state.State, held: state.Held[O
         reference=None if moving is None else state.tensors_of(lambda: dict(moving.reference.named_parameters())),
         distance=None if moving is None else state.attributes(moving, "distance"),
         learner=progress(learner),
-        counts=state.attributes(recorder, "answers", "skipped", "said", "channels"),
+        counts=state.attributes(recorder, "answers", "skipped", "said"),
+        shown=state.attributes(recorder.shown, "bytes"),
         stopping=state.attributes(stopping, "scores", "deviation"),
         **{
             f"reward_{part.name}": state.attributes(part.running, "count", "mean", "squares")
