@@ -61,7 +61,11 @@ def test_what_a_new_run_holds(tmp_path: Path) -> None:
     run = create(tmp_path / "runs", "first", config_yaml="recipe: sft\n", command=["tilt", "sft"])
     assert run.config.read_text() == "recipe: sft\n" and run.log.read_text() == "tilt sft\n"
     found = json.loads(run.environment.read_text())
-    assert found["command"] == "tilt sft" and found["process"] == os.getpid() and set(found) >= {"tilt", "python", "packages", "git", "threads", "device"}
+    assert (
+        found["command"] == "tilt sft"
+        and found["process"] == os.getpid()
+        and set(found) >= {"tilt", "python", "packages", "git", "threads", "device"}
+    )
     assert sorted(os.listdir(run)) == ["checkpoints", "config.yaml", "env.json", "log.txt", "rollouts"]
     assert os.listdir(tmp_path / "runs") == ["first"]
 
@@ -114,7 +118,9 @@ def test_killed_while_making_a_directory_no_run_appears(tmp_path: Path, monkeypa
 
 def test_automatic_names_are_readable_and_new() -> None:
     names = {auto_name("reward_model", "Qwen/Qwen3-0.6B") for _ in range(50)}
-    assert len(names) == 50 and all(n.startswith("reward-model-qwen3-0.6b-") and len(n) == len("reward-model-qwen3-0.6b-") + 6 for n in names)
+    assert len(names) == 50 and all(
+        n.startswith("reward-model-qwen3-0.6b-") and len(n) == len("reward-model-qwen3-0.6b-") + 6 for n in names
+    )
     assert auto_name("rl", "runs/a/checkpoints/step_000010/").startswith("rl-step-000010-")
     assert auto_name("rl", "模型").startswith("rl-model-")
 

@@ -38,7 +38,16 @@ def shown(console: Console) -> str:
 
 
 def test_every_number_comes_back(tmp_path: Path) -> None:
-    values = {"a": 0.1 + 0.2, "b": float("nan"), "c": float("inf"), "d": -float("inf"), "e": torch.tensor(2.5), "f": 3, "g": 1e-300, "h": True}
+    values = {
+        "a": 0.1 + 0.2,
+        "b": float("nan"),
+        "c": float("inf"),
+        "d": -float("inf"),
+        "e": torch.tensor(2.5),
+        "f": 3,
+        "g": 1e-300,
+        "h": True,
+    }
     before = time.time()
     with journal(tmp_path, screen()) as book:
         book.step(1, values, stage="rl")
@@ -114,7 +123,12 @@ def test_quiet_says_nothing_and_writes_everything(tmp_path: Path) -> None:
         book.samples(1, [Sample("p", "c", {"exact": 1.0}, 0.5)])
     assert shown(console) == ""
     log = (tmp_path / "log.txt").read_text()
-    assert "run        here" in log and "step 1/10" in log and (tmp_path / "samples.md").read_text().count("**prompt**") == 1 and len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    assert (
+        "run        here" in log
+        and "step 1/10" in log
+        and (tmp_path / "samples.md").read_text().count("**prompt**") == 1
+        and len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    )
 
 
 def test_a_stage_may_have_a_length_of_its_own(tmp_path: Path) -> None:
@@ -178,12 +192,17 @@ def test_middle(text: str, width: int, expected: str) -> None:
     assert middle(text, width) == expected
 
 
-@pytest.mark.parametrize("value, expected", [(0.012345678, "0.01235"), (1234, "1234"), (1e-6, "1e-06"), (float("nan"), "nan"), (2.0, "2"), (-0.5, "-0.5"), (1e9, "1e+09")])
+@pytest.mark.parametrize(
+    "value, expected",
+    [(0.012345678, "0.01235"), (1234, "1234"), (1e-6, "1e-06"), (float("nan"), "nan"), (2.0, "2"), (-0.5, "-0.5"), (1e9, "1e+09")],
+)
 def test_number(value: float, expected: str) -> None:
     assert number(value) == expected
 
 
-@pytest.mark.parametrize("seconds, expected", [(0, "0 s"), (59.9, "59 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (260000, "3 d"), (-1, "0 s")])
+@pytest.mark.parametrize(
+    "seconds, expected", [(0, "0 s"), (59.9, "59 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (260000, "3 d"), (-1, "0 s")]
+)
 def test_duration(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
 
@@ -215,7 +234,12 @@ def test_runs_are_listed_with_their_state(tmp_path: Path) -> None:
     os.utime(dead / "log.txt", (0, 0))
     os.utime(dead / "env.json", (0, 0))
     found = {one.name: one for one in listed(tmp_path)}
-    assert {name: one.status for name, one in found.items()} == {"done": "finished", "failed": "stopped", "going": "running", "dead": "dead"}
+    assert {name: one.status for name, one in found.items()} == {
+        "done": "finished",
+        "failed": "stopped",
+        "going": "running",
+        "dead": "dead",
+    }
     assert (found["done"].recipe, found["done"].model, found["done"].step, found["done"].reward) == ("grpo", "tiny", 3, 0.5)
     assert (found["dead"].recipe, found["dead"].model, found["dead"].step, found["dead"].reward) == ("sft", "qwen3-4-128", None, None)
     assert listed(tmp_path)[-1].name == "dead" and listed(tmp_path / "none") == []

@@ -28,7 +28,9 @@ def byte_level() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"], show_progress=False
+    )
     tokenizer.train_from_iterator(["the the cat the cat"], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
@@ -145,7 +147,9 @@ def test_alternatives_come_back_per_sampled_token_of_the_rollouts_that_were_look
     assert a["topk_ref"][0] == [-1.0, -2.0] and b["topk_ids"] is None and b["topk_text"] is None
     shown = [[Spelling(tokenizer).shown(i) for i in row] for row in ids[:2].tolist()]
     assert a["topk_text"] == [shown[0], None, shown[1]] and any(text.startswith("<") and len(text) == 4 for text in shown[0])
-    (c, _) = rollout_store.read(rollout_store.write(tmp_path, 2, table(alternatives=rollout_store.Alternatives(ids, said, said * torch.nan))[0]))
+    (c, _) = rollout_store.read(
+        rollout_store.write(tmp_path, 2, table(alternatives=rollout_store.Alternatives(ids, said, said * torch.nan))[0])
+    )
     assert "topk_ref" not in c
 
 
@@ -166,8 +170,17 @@ def test_the_file_states_its_schema(tmp_path: Path) -> None:
     path = rollout_store.write(tmp_path, 1, table()[0])
     schema = pq.read_schema(path)
     assert schema.metadata[b"schema_version"] == b"2"
-    kinds = {name: str(schema.field(name).type.value_type) for name in ("ids", "text_offsets", "mask", "logprobs", "sampler_logprobs", "clip")}
-    assert kinds == {"ids": "uint32", "text_offsets": "int32", "mask": "uint8", "logprobs": "float", "sampler_logprobs": "halffloat", "clip": "int8"}
+    kinds = {
+        name: str(schema.field(name).type.value_type) for name in ("ids", "text_offsets", "mask", "logprobs", "sampler_logprobs", "clip")
+    }
+    assert kinds == {
+        "ids": "uint32",
+        "text_offsets": "int32",
+        "mask": "uint8",
+        "logprobs": "float",
+        "sampler_logprobs": "halffloat",
+        "clip": "int8",
+    }
 
 
 def test_a_later_schema_is_refused(tmp_path: Path) -> None:

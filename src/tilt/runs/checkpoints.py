@@ -53,7 +53,10 @@ def torn(path: Path) -> str:
     """What is wrong with a checkpoint, in words; empty where every file of its manifest is there, to the byte."""
     try:
         record = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, files = int(record["schema_version"]), {str(name): (int(f["size"]), str(f["sha256"])) for name, f in record["files"].items()}
+        version, files = (
+            int(record["schema_version"]),
+            {str(name): (int(f["size"]), str(f["sha256"])) for name, f in record["files"].items()},
+        )
     except FileNotFoundError:
         return f"it has no {MANIFEST}: it was written by an older Tilt, or is a copy of a part"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

@@ -34,7 +34,7 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b):
         return True
-    return type(a) is type(b) and repr(a) == repr(b) or (isinstance(a, int | float) and isinstance(b, int | float) and a == b and a != 0)
+    return (type(a) is type(b) and repr(a) == repr(b)) or (isinstance(a, int | float) and isinstance(b, int | float) and a == b and a != 0)
 
 
 def metrics_differ(one: RunDirectory, other: RunDirectory) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from rich.text import Text
 
 from tilt.errors import DataError
 from tilt.runs.secrets import masked
-from tilt.runs.text import fence, duration, inert, middle, number
+from tilt.runs.text import duration, fence, inert, middle, number
 
 SPARKS = "▁▂▃▄▅▆▇█"
 FINISHED = "finished"
@@ -87,7 +86,12 @@ class Journal:
         """Append the metrics of a step (any scalars) to metrics.jsonl and show the important ones; `total` is for a stage with a length of its own."""
         values = {name: float(value) for name, value in metrics.items()}
         now = time.time()
-        record = {"step": step, **({"stage": stage} if stage else {}), "time": round(now, 3), **{name: _json(value) for name, value in values.items()}}
+        record = {
+            "step": step,
+            **({"stage": stage} if stage else {}),
+            "time": round(now, 3),
+            **{name: _json(value) for name, value in values.items()},
+        }
         self._metrics.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._metrics.flush()
         if stage != self._stage or self._began is None:

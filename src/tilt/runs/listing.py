@@ -47,7 +47,7 @@ def _one(path: Path) -> Listed:
     changed = max(file.stat().st_mtime for file in (path / "log.txt", path / "metrics.jsonl", path / "env.json") if file.exists())
     recipe = str(config.get("algorithm") or config.get("recipe") or "?")
     return Listed(
-        path.name, _status(path, environment), f"{recipe} ({stages[-1]})" if stages else recipe, _model(config.get("model")),
+        path.name, status_of(path, environment), f"{recipe} ({stages[-1]})" if stages else recipe, _model(config.get("model")),
         metrics[-1]["step"] if metrics else None, reward, max(0.0, time.time() - changed),
     )  # fmt: skip
 
@@ -75,11 +75,15 @@ def _environment(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _status(path: Path, environment: dict[str, Any]) -> str:
+def status_of(path: Path, environment: dict[str, Any]) -> str:
     """From the lock, else from the last line of the log, else from whether the process is alive on this machine."""
     if held(path):
         return "running"
-    log = (path / "log.txt").read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2] if (path / "log.txt").is_file() else ""
+    log = (
+        (path / "log.txt").read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
+        if (path / "log.txt").is_file()
+        else ""
+    )
     said = log.partition("  ")[2]
     if said == FINISHED:
         return "finished"

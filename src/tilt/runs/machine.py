@@ -26,6 +26,9 @@ class Machine:
     bandwidth: float
 
 
+CPU = torch.device("cpu")
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks of up to 64 MiB for the next step instead of giving them back to the system and taking them, page by page, again."""
     try:
@@ -76,21 +79,21 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def resident(device: torch.device = torch.device("cpu")) -> int:
+def resident(device: torch.device = CPU) -> int:
     """Bytes held now: of a GPU by torch's tensors, of a CPU by the process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _status("VmRSS") if STATUS.exists() else peak()
 
 
-def peak(device: torch.device = torch.device("cpu")) -> int:
+def peak(device: torch.device = CPU) -> int:
     """The most bytes held since the process began, or since `forget_peak` where the system can forget."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status("VmHWM") if STATUS.exists() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def forget_peak(device: torch.device = torch.device("cpu")) -> None:
+def forget_peak(device: torch.device = CPU) -> None:
     """Let the peak begin anew; on a CPU only Linux can, elsewhere it stays that of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -97,7 +97,9 @@ def _outcome(rows: RolloutTable) -> dict[str, pa.Array]:
     rewards, lengths = rows.rewards, [len(r.tokens) for r in rows.rollouts]
     scored = rewards.scored.tolist()
     columns = {
-        "reward": pa.array([float(v) if ok else None for v, ok in zip(earned_by(rows.rollouts, rewards).tolist(), scored, strict=True)], pa.float64()),
+        "reward": pa.array(
+            [float(v) if ok else None for v, ok in zip(earned_by(rows.rollouts, rewards).tolist(), scored, strict=True)], pa.float64()
+        ),
         "length": pa.array(lengths, pa.int32()),
         "truncated": pa.array([r.stop == "length" for r in rows.rollouts], pa.bool_()),
     }
@@ -231,7 +233,13 @@ def read(path: Path | str) -> list[dict[str, Any]]:
     try:
         _check_version(file, pq.read_schema(file).metadata)
         rows = [dict(row) for row in pq.read_table(file).to_pylist()]
-    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:  # of damaged pages, and of texts that are not UTF-8
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    ) as error:  # of damaged pages, and of texts that are not UTF-8
         raise DataError(f"{file} is not a readable parquet file: {(str(error) or type(error).__name__).splitlines()[0][:200]}") from None
     for number, row in enumerate(rows):
         _check_row(file, number, row)
@@ -253,7 +261,11 @@ def _check_row(file: Path, number: int, row: Mapping[str, Any]) -> None:
     ids, mask = row.get("ids"), row.get("mask")
     if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask) or not set(mask) <= {0, 1}:
         raise DataError(f"{where} is no rollout: `ids` and `mask` must be lists of one length, the mask of 0 and 1")
-    if type(row.get("group_id")) is not int or not isinstance(row.get("completion"), str) or not isinstance(row.get("reward", ""), Real | None):
+    if (
+        type(row.get("group_id")) is not int
+        or not isinstance(row.get("completion"), str)
+        or not isinstance(row.get("reward", ""), Real | None)
+    ):
         raise DataError(f"{where} is no rollout: it needs a whole number `group_id`, a text `completion`, and a number or null `reward`")
     for name in CHANNELS:
         values = row.get(name)
@@ -273,4 +285,6 @@ def has_channels(path: Path | str) -> bool:
 
 def stored(directory: Path | str) -> list[int]:
     """The steps that have a file, in order."""
-    return sorted(int(p.stem.removeprefix("step_")) for p in Path(directory).glob("step_*.parquet") if re.fullmatch(r"step_\d{6,18}", p.stem))
+    return sorted(
+        int(p.stem.removeprefix("step_")) for p in Path(directory).glob("step_*.parquet") if re.fullmatch(r"step_\d{6,18}", p.stem)
+    )

@@ -37,6 +37,10 @@ def _named(found: re.Match[str]) -> str:
     """`key=value` with the value hidden. A key and a value side by side are hidden after `--` alone: elsewhere they are words of a sentence."""
     key, between, value = found.groups()
     flagged = found.string[max(0, found.start() - 2) : found.start()] == "--"
-    if _OF_A_TOKENIZER.search(key) or (not between.strip() and (not flagged or value.startswith("-"))) or value in ("null", "true", "false", "~"):
+    if (
+        _OF_A_TOKENIZER.search(key)
+        or (not between.strip() and (not flagged or value.startswith("-")))
+        or value in ("null", "true", "false", "~")
+    ):
         return found[0]
     return f"{key}{between}{HIDDEN}"

@@ -53,12 +53,11 @@ def number(value: float) -> str:
 
 def size(count: float) -> str:
     """Bytes for people: 812 B, 12.3 MiB, 4.0 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
         count /= 1024
-    else:
-        unit = "TiB"
+        units.pop(0)
+    unit = units[0]
     return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
 
 

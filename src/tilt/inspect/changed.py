@@ -1,0 +1,347 @@
+"""What an update changed, from what its step stored: tokens, positions, entropies, classes, over-confidence, and where an answer collapses. No torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tilt.inspect.tables import Floats, Rows, cut, number, pieces
+
+SHOWN, POINTS, CONFIDENT = 50, 2000, 0.9
+BANDS = ((0.9, 0.99), (0.99, 0.999), (0.999, 0.9999), (0.9999, 1.0))
+CONNECTIVES = frozenset(
+    [
+        "so",
+        "thus",
+        "therefore",
+        "hence",
+        "then",
+        "because",
+        "since",
+        "but",
+        "however",
+        "although",
+        "though",
+        "if",
+        "when",
+        "while",
+        "and",
+        "or",
+        "also",
+        "first",
+        "second",
+        "next",
+        "finally",
+        "wait",
+        "let",
+        "now",
+        "instead",
+        "actually",
+        "maybe",
+        "perhaps",
+        "alternatively",
+        "所以",
+        "因此",
+        "因为",
+        "但是",
+        "然而",
+        "如果",
+        "那么",
+        "首先",
+        "其次",
+        "然后",
+        "最后",
+        "而且",
+        "或者",
+        "不过",
+        "其实",
+        "另外",
+        "于是",
+    ]
+)
+OPERATORS = re.compile(r"[-+*/=<>^%×÷±≤≥≠·√|&~()\[\]{}]+")
+NUMBERS = re.compile(r"[-+]?[\d.,]*\d[\d.,]*%?")
+Classes = Callable[[str], str]
+
+
+def kind_of(token: str) -> str:
+    """number, operator, connective or other: ` 12` → number, `=` → operator, ` therefore` → connective."""
+    text = token.strip().strip(".,;:!?").casefold() or token.strip()
+    if NUMBERS.fullmatch(text):
+        return "number"
+    if text and OPERATORS.fullmatch(text):
+        return "operator"
+    return "connective" if text in CONNECTIVES else "other"
+
+
+class Tokens:
+    """Every action of some rows with its text, place and channels, flat: one entry an action."""
+
+    def __init__(self, rows: Rows) -> None:
+        texts: list[str] = []
+        owner: list[int] = []
+        place: list[int] = []
+        keep: list[bool] = []
+        masks = rows.plain("mask")
+        offsets, ids = rows.plain("text_offsets"), rows.plain("ids")
+        for i, completion in enumerate(rows.completions):
+            found, hexes = pieces(completion, offsets[i], None)
+            mask = masks[i] if isinstance(masks[i], list) and len(masks[i]) == len(found) else [1] * len(found)
+            named = ids[i] if isinstance(ids[i], list) and len(ids[i]) == len(found) else [None] * len(found)
+            for t, (text, raw, used, token) in enumerate(zip(found, hexes, mask, named, strict=True)):
+                texts.append(f"<{raw}>" if text is None else text or (f"#{token}" if token is not None else ""))
+                owner.append(i)
+                place.append(t)
+                keep.append(bool(used))
+        self.rows, self.keep = rows, np.array(keep, bool)
+        self.text = [text for text, used in zip(texts, keep, strict=True) if used]
+        self.row, self.place = np.array(owner, int)[self.keep], np.array(place, int)[self.keep]
+        self.count = len(self.text)
+
+    def channel(self, name: str) -> Floats | None:
+        """A channel of every action, None where it is not stored or fits the tokens nowhere."""
+        if name not in self.rows.channels:
+            return None
+        starts, values = self.rows.lists(name)
+        sizes = (
+            np.bincount(np.asarray(list(self._owner()), int), minlength=self.rows.count)
+            if len(self.keep)
+            else np.zeros(self.rows.count, int)
+        )
+        if not np.array_equal(np.diff(starts)[sizes > 0], sizes[sizes > 0]) or values.size < sizes.sum():
+            return None
+        parts = [values[starts[i] : starts[i + 1]] for i in range(self.rows.count) if sizes[i]]
+        return np.concatenate([*parts, np.zeros(0, np.float32)])[self.keep].astype(np.float64)
+
+    def _owner(self) -> Iterable[int]:
+        for i, (completion, offsets) in enumerate(zip(self.rows.completions, self.rows.plain("text_offsets"), strict=True)):
+            yield from [i] * len(pieces(completion, offsets, None)[0])
+
+
+def changed(table: pa.Table, *, classes: Classes = kind_of, step: int = 0) -> dict[str, Any]:
+    """The tables of a step (or of several, one after the other)."""
+    rows = Rows(table, step)
+    tokens = Tokens(rows)
+    names = ("push", "delta_ref", "result", "kl", "entropy", "clip", "new_logprobs")
+    found = {name: values for name in names if (values := tokens.channel(name)) is not None and not np.isnan(values).all()}
+    missing = [
+        f"{title} is not stored"
+        for name, title in zip(names[:5], ("push", "Δ reference", "result", "KL", "entropy"), strict=True)
+        if name not in found
+    ]
+    kinds = [classes(text) for text in tokens.text]
+    return {
+        "tokens": by_token(tokens.text, kinds, found), "positions": by_position(tokens.place, found), "entropy": by_entropy(found),
+        "scatter": scatter(tokens.text, found), "confident": confident(found), "classes": by_class(kinds, found),
+        "collapse": collapses(rows, tokens), "missing": missing, "count": tokens.count,
+    }  # fmt: skip
+
+
+def _sums(groups: np.ndarray[Any, Any], size: int, found: Mapping[str, Floats], name: str) -> list[float | None]:
+    if name not in found:
+        return [None] * size
+    return [number(x) for x in np.bincount(groups, np.nan_to_num(found[name]), size)]
+
+
+def by_token(texts: Sequence[str], kinds: Sequence[str], found: Mapping[str, Floats]) -> dict[str, Any]:
+    """Tokens that were gained and lost most: sums of Δ reference, push and result over their places; ordered by Δ, or without it by push."""
+    order = next((name for name in ("delta_ref", "push", "result") if name in found), None)
+    if order is None or not texts:
+        return {"gained": [], "lost": [], "by": None}
+    known = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    which = np.array([known[text] for text in texts])
+    counts = np.bincount(which, minlength=len(known))
+    columns = {key: _sums(which, len(known), found, name) for key, name in (("push", "push"), ("delta", "delta_ref"), ("result", "result"))}
+    kind = dict(zip(texts, kinds, strict=True))
+    weight = np.bincount(which, np.nan_to_num(found[order]), len(known))
+    names = list(known)
+
+    def line(i: int) -> dict[str, Any]:
+        return {
+            "token": cut(names[i], 60),
+            "class": kind[names[i]],
+            "count": int(counts[i]),
+            **{key: values[i] for key, values in columns.items()},
+        }
+
+    ranked = np.argsort(-weight, kind="stable").tolist()
+    return {
+        "gained": [line(i) for i in ranked[:SHOWN] if weight[i] > 0], "lost": [line(i) for i in reversed(ranked[-SHOWN:]) if weight[i] < 0], "by": order,
+    }  # fmt: skip
+
+
+def by_position(place: np.ndarray[Any, Any], found: Mapping[str, Floats]) -> list[dict[str, Any]]:
+    """Means by position in the answer: every one up to 16, then in bins that grow by a quarter."""
+    if not len(place):
+        return []
+    edges = list(range(17))
+    while edges[-1] <= place.max():
+        edges.append(max(edges[-1] + 1, int(edges[-1] * 1.25)))
+    bins = np.searchsorted(edges, place, side="right") - 1
+    lines = []
+    for b in np.unique(bins).tolist():
+        here = bins == b
+        line: dict[str, Any] = {"from": edges[b], "to": edges[b + 1], "count": int(here.sum())}
+        for key, name in (("kl", "kl"), ("delta", "delta_ref"), ("push", "push"), ("entropy", "entropy")):
+            line[key] = number(_mean(found[name][here])) if name in found else None
+        line["clipped"] = number(float((np.abs(found["clip"][here]) == 1).mean())) if "clip" in found else None
+        lines.append(line)
+    return lines
+
+
+def _mean(values: Floats) -> float | None:
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None
+
+
+def by_entropy(found: Mapping[str, Floats]) -> dict[str, Any]:
+    """Percentiles of the entropy, and the share of Σ KL and Σ |push| on the fifth of the tokens with the highest."""
+    entropy = found.get("entropy")
+    if entropy is None:
+        return {"percentiles": [], "top20_share_of_kl": None, "top20_share_of_push": None}
+    known = ~np.isnan(entropy)
+    top = known & (entropy >= np.quantile(entropy[known], 0.8))
+
+    def share(name: str) -> float | None:
+        if name not in found:
+            return None
+        values = np.abs(np.nan_to_num(found[name]))[known]
+        return number(values[top[known]].sum() / values.sum()) if values.sum() > 0 else None
+
+    return {
+        "percentiles": [[q, number(np.quantile(entropy[known], q / 100))] for q in (0, 5, 10, 25, 50, 75, 80, 90, 95, 99, 100)],
+        "top20_share_of_kl": share("kl"), "top20_share_of_push": share("push"),
+    }  # fmt: skip
+
+
+def scatter(texts: Sequence[str], found: Mapping[str, Floats]) -> dict[str, Any]:
+    """push against result, token by token: every so many where there are more than 2,000."""
+    if "push" not in found or "result" not in found:
+        return {"push": [], "result": [], "token": [], "cut": False}
+    known = np.nonzero(~np.isnan(found["push"]) & ~np.isnan(found["result"]))[0]
+    picked = known[:: max(1, math.ceil(len(known) / POINTS))]
+    agree = np.sign(found["push"][known]) * np.sign(found["result"][known])
+    return {
+        "push": [number(x) for x in found["push"][picked]], "result": [number(x) for x in found["result"][picked]],
+        "token": [cut(texts[i], 40) for i in picked.tolist()], "cut": len(picked) < len(known), "count": len(known),
+        "as_asked": number(float((agree > 0).sum() / max(1, (agree != 0).sum()))),
+    }  # fmt: skip
+
+
+def leaving(p: float, n: int) -> float:
+    """The chance that at least one of n rollouts leaves the top choice at a place of probability p: 1 − pⁿ (0.99, 16 → 0.1485)."""
+    return 1 - p**n
+
+
+def confident(found: Mapping[str, Floats]) -> dict[str, Any]:
+    """Over-confidence: tokens above 0.9 that are pushed further up, by bands of probability, and what is left of exploration there."""
+    logs, push, result = found.get("new_logprobs"), found.get("push"), found.get("result")
+    chances = [{"p": p, "n": n, "chance": number(leaving(p, n))} for p in (0.9, 0.99, 0.999) for n in (4, 16, 64)]
+    if logs is None:
+        return {"above": CONFIDENT, "count": 0, "pushed_further": None, "bands": [], "leaving": chances}
+    p = np.exp(np.nan_to_num(logs, nan=-np.inf))
+    up = push > 0 if push is not None else np.zeros(len(p), bool)
+    down = push < 0 if push is not None else np.zeros(len(p), bool)
+    bands = []
+    for low, high in BANDS:
+        here = (p >= low) & ((p < high) if high < 1 else (p <= 1))
+        looked = here if result is None else here & ~np.isnan(result)
+        after = None if result is None else _mean(np.exp(np.minimum(0.0, logs[looked] + result[looked])))
+        bands.append({
+            "from": low, "to": high, "count": int(here.sum()), "pushed_up": int((here & up).sum()), "pushed_down": int((here & down).sum()),
+            "mean_before": number(_mean(p[looked])), "mean_after": number(after),
+        })  # fmt: skip
+    above = p > CONFIDENT
+    return {"above": CONFIDENT, "count": int(above.sum()), "pushed_further": int((above & up).sum()) if push is not None else None, "bands": bands, "leaving": chances}  # fmt: skip
+
+
+def by_class(kinds: Sequence[str], found: Mapping[str, Floats]) -> list[dict[str, Any]]:
+    """Tokens by class: how many, Σ |push|, Σ Δ, Σ KL."""
+    names = sorted(set(kinds))
+    which = np.array([names.index(kind) for kind in kinds], int)
+    sizes = {"push": np.abs(found["push"])} if "push" in found else {}
+    columns = {
+        "push": _sums(which, len(names), sizes, "push"), "delta": _sums(which, len(names), found, "delta_ref"), "kl": _sums(which, len(names), found, "kl"),
+    }  # fmt: skip
+    counts = np.bincount(which, minlength=len(names)) if kinds else np.zeros(0, int)
+    return [{"class": name, "count": int(counts[i]), **{key: values[i] for key, values in columns.items()}} for i, name in enumerate(names)]
+
+
+# --- collapse -------------------------------------------------------------------------------------------------------------------
+
+
+def repeats_from(items: Sequence[str], *, times: int = 4) -> int | None:
+    """Where the tail of an answer begins to repeat itself: the first item of the earliest run of at least `times` equal blocks (of 1 to 8 items) that
+    goes on to the end, the first block not counted; `a b c c c c c` → 3. None where nothing repeats so."""
+    count, best = len(items), None
+    for width in range(1, 9):
+        if count < width * times:
+            break
+        same = 0
+        while same + width < count and items[count - 1 - same] == items[count - 1 - same - width]:
+            same += 1
+        if same >= width * (times - 1):
+            start = count - same
+            best = start if best is None or start < best else best
+    return best
+
+
+def collapses(rows: Rows, tokens: Tokens) -> list[dict[str, Any]]:
+    """Answers that have come apart: the token from which the tail repeats itself, no stop, and texts that are no text."""
+    found: list[dict[str, Any]] = []
+    by_row: dict[int, list[str]] = {}
+    for text, row in zip(tokens.text, tokens.row.tolist(), strict=True):
+        by_row.setdefault(row, []).append(text)
+    finish = rows.plain("finish_reason")
+    for i, completion in enumerate(rows.completions):
+        items = by_row.get(i) or list(completion)
+        if finish[i] == "stop" and items and by_row.get(i):
+            items = items[:-1] if items[-1].startswith("#") or items[-1] == "" else items
+        start = repeats_from(items)
+        if start is not None:
+            head = "".join(items[:start])
+            found.append(
+                {
+                    "name": "repetition",
+                    "row": i,
+                    "position": start if by_row.get(i) else None,
+                    "text": f"repeats itself from here on; before it: {cut(head, 120)!r}",
+                }
+            )
+        elif finish[i] == "length":
+            found.append(
+                {"name": "missing stop", "row": i, "position": None, "text": "cut at the longest length allowed, without a stop token"}
+            )
+        if completion.count("\ufffd") > max(1, len(completion) // 20):
+            found.append(
+                {
+                    "name": "invalid text",
+                    "row": i,
+                    "position": None,
+                    "text": f"{completion.count(chr(0xFFFD))} characters are no valid text",
+                }
+            )
+    return found[:200]
+
+
+def collapse_over(steps: Iterable[tuple[int, pa.Table]], *, share: float = 0.25) -> dict[str, Any] | None:
+    """Where a run's answers begin to come apart: the first stored step in which a quarter of the answers repeat themselves (and keep doing so in the next), the median
+    token at which they do, and the intact head of one of them."""
+    seen: list[tuple[int, float, list[dict[str, Any]]]] = []
+    for number_, table in steps:
+        rows = Rows(table, number_)
+        bad = [flag for flag in collapses(rows, Tokens(rows)) if flag["name"] == "repetition"]
+        seen.append((number_, len(bad) / max(1, rows.count), bad))
+    for k, (step, part, bad) in enumerate(seen):
+        after = seen[k + 1][1] if k + 1 < len(seen) else part
+        if part >= share and after >= share:
+            places = [flag["position"] for flag in bad if flag["position"] is not None]
+            return {
+                "step": step, "share": number(part), "position": int(np.median(places)) if places else None, "row": bad[0]["row"], "text": bad[0]["text"],
+            }  # fmt: skip
+    return None
