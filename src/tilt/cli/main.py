@@ -102,6 +102,67 @@ def algorithms(
 
 
 @app.command()
+def view(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="RUN …", help="runs, folders that hold runs, comparisons (.json), logs of other trainers")
+    ],
+    compare: Annotated[list[str] | None, typer.Option(help="another run, to lay over the first")] = None,
+    text: Annotated[bool, typer.Option("--text", help="on this terminal instead of a page")] = False,
+    step: Annotated[int | None, typer.Option(help="with --text: which stored step; by default the last", min=0)] = None,
+    sort: Annotated[str, typer.Option(help="with --text: kl, reward, adv, push, length, delta, entropy or clipped, largest first")] = "",
+    rising: Annotated[bool, typer.Option("--rising", help="with --text: smallest first")] = False,
+    channel: Annotated[str, typer.Option(help="with --text: what colours the tokens: delta_ref, push, entropy …")] = "",
+    search: Annotated[str, typer.Option(help="with --text: answers that hold this text")] = "",
+    rows: Annotated[int, typer.Option(help="with --text: how many answers", min=1)] = 8,
+    port: Annotated[
+        int | None, typer.Option(help="a port of this machine; by default 8077 or the next that is free", min=0, max=65535)
+    ] = None,
+    host: Annotated[str, typer.Option(help="another address than this machine's own; the page's address then holds a token")] = "127.0.0.1",
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="only print the address")] = False,
+) -> None:
+    """Runs in the browser: curves, answers, and every token's story, live; `--text` on the terminal."""
+    from tilt.cli import view as viewing
+
+    if text:
+        from rich.console import Console
+
+        from tilt.inspect.terminal import show
+
+        console = Console(highlight=False, markup=False)
+        show(viewing.only(paths), console, step=step, sort=sort, channel=channel, rows=rows, search=search, rising=rising)
+        return
+    viewing.view([*paths, *(compare or [])], host=host, port=port, browser=not no_browser)
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="a run's folder")],
+    out: Annotated[str, typer.Option(help="the file; by default report.html in the run's folder")] = "",
+) -> None:
+    """A run as one HTML file of at most 10 MB that needs no network."""
+    from pathlib import Path
+
+    from tilt.cli import view as viewing
+    from tilt.inspect.report import write_report
+
+    book = viewing.only([run])
+    place = Path(out) if out else book.path / "report.html"
+    print(f"{place}  {write_report(book, place) / 1e6:.1f} MB")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="a file or folder that another trainer wrote")],
+    out: Annotated[str, typer.Option(help="the run directory to write; by default a temporary one")] = "",
+    format: Annotated[str, typer.Option(help="trl, prime-rl, tinker, board, verl, jsonl or metrics; by default it is recognised")] = "",
+) -> None:
+    """The log of TRL, prime-rl, verl, Tinker, RLLoggingBoard, JSON lines or a table of metrics as a run directory."""
+    from tilt.cli.imports import bring
+
+    bring(source, out, format)
+
+
+@app.command()
 def trace(
     words: Annotated[
         list[str], typer.Argument(metavar="NAME … [slot.key=value …]", help="algorithms, side by side where several; then slots to change")

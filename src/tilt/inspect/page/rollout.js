@@ -1,0 +1,142 @@
+// One answer: its tokens coloured by a channel, everything known of the token under the pointer, its siblings, its prompt over the steps.
+import { element, button, choice, shown, inert, visible, finite, say, table, download } from "tilt/parts";
+import { scaleOf, paint, legend } from "tilt/colour";
+import { strip } from "tilt/charts";
+
+const CHUNK = 1500;
+
+// The text of tokens for people: a token that ends inside a character is drawn as its bytes.
+export function tokenText(r, t) {
+  return r.tokens[t] !== null ? visible(r.tokens[t]) : `⟨${r.bytes[t]}⟩`;
+}
+
+export function tokensView(app, r, { channel, scale, pinned = null, threshold = null, mark = null, onpick = () => {} }) {
+  const values = r.channels[channel] ?? [];
+  const box = element("div", { class: `tokens${app.state.ids === "1" ? " with-ids" : ""}`, lang: "und", dir: "auto" });
+  if (!r.tokens.length) {
+    box.append(element("span", { class: "plain", text: inert(r.completion, 200000) || "(nothing)" }));
+    return box;
+  }
+  const token = (t) => {
+    const node = element("span", { class: "token", "data-t": t });
+    node.textContent = tokenText(r, t) || "∅";
+    if (!tokenText(r, t)) node.classList.add("empty");
+    if (app.state.ids === "1") node.append(element("sub", { text: r.ids[t] ?? "" }));
+    if (r.mask[t] === 0) node.classList.add("given");
+    paint(node, values[t], scale);
+    const clip = r.channels.clip?.[t];
+    if (clip === 1 || clip === -1) node.classList.add("clipped");
+    if (t === pinned) node.classList.add("pinned");
+    if (t === mark) node.classList.add("parting");
+    if (threshold !== null && finite(values[t]) && Math.abs(values[t]) >= threshold) node.classList.add("over");
+    return node;
+  };
+  let done = 0;
+  const more = () => {
+    const part = document.createDocumentFragment(), end = Math.min(r.tokens.length, done + CHUNK);
+    for (; done < end; done++) part.append(token(done));
+    box.append(part);
+    if (done < r.tokens.length) setTimeout(more);
+  };
+  more();
+  const at = (e) => { const node = e.target.closest?.(".token"); return node ? Number(node.dataset.t) : null; };
+  box.addEventListener("mouseover", (e) => { const t = at(e); if (t !== null) app.hover(e, r, t); });
+  box.addEventListener("mouseleave", () => app.unhover());
+  box.addEventListener("click", (e) => { const t = at(e); if (t !== null) onpick(t); });
+  return box;
+}
+
+// Everything known of one token.
+export function tokenCard(app, r, t) {
+  const rows = Object.entries(app.header.channels).filter(([name]) => r.channels[name]).map(([name, { title }]) => [title, shown(r.channels[name][t], 4)]);
+  const top = r.top?.policy?.[t];
+  return element("div", { class: "card" },
+    element("div", { class: "card-head" }, element("b", { text: tokenText(r, t) || "(no text)" }), element("span", { class: "quiet", text: ` place ${t}${r.ids[t] !== undefined ? ` · id ${r.ids[t]}` : ""}${r.mask[t] === 0 ? " · not sampled" : ""}` })),
+    element("div", { class: "card-grid" }, rows.flatMap(([k, v]) => [element("span", { class: "quiet", text: k }), element("span", { text: v })])),
+    top ? table([{ text: "instead" }, { text: "policy", class: "n" }, { text: "reference", class: "n" }], top.map(([text, log], k) => [visible(text), percent(log), percent(r.top.reference?.[t]?.[k]?.[1])]), { class: "tops" }) : null);
+}
+
+const percent = (log) => finite(log) ? `${shown(100 * Math.exp(log), 3)} %` : "–";
+
+export async function rolloutView(app, step, row) {
+  const { source, run, state, header } = app;
+  let r;
+  try { r = await source.rollout(run, step, row); } catch (error) { return element("div", { class: "rollout" }, element("p", { class: "quiet", text: inert(error.message) })); }
+  const names = Object.keys(header.channels).filter((n) => r.channels[n]);
+  const channel = names.includes(state.channel) ? state.channel : names.includes("delta_ref") && r.channels.delta_ref.some(finite) ? "delta_ref" : names[0] ?? "";
+  const about = header.channels[channel] ?? { title: "no channel", kind: "diverging", unit: "" };
+  const scale = scaleOf(about.kind, [r.channels[channel]]);
+  app.current = { r, channel, names };
+  const values = r.channels[channel] ?? [];
+  const largest = Math.max(0, ...values.filter(finite).map(Math.abs));
+  const share = Number(state.threshold ?? 0.5), threshold = largest * share;
+  const pinned = state.token !== undefined ? Number(state.token) : null;
+  const view = element("div", { class: "rollout" });
+
+  const parts = Object.entries(r.parts);
+  const clipped = r.channels.clip ? r.channels.clip.filter((c) => c === 1 || c === -1).length : null;
+  view.append(
+    element("div", { class: "bar facts" },
+      element("h2", { text: `step ${step}, answer ${row}${r.role ? `, ${r.role}` : ""}` }),
+      element("span", {}, element("b", { text: `reward ${shown(r.reward)}` }), parts.length ? ` = ${parts.map(([n, v]) => `${n} ${shown(v)}`).join(" + ")}` : ""),
+      element("span", { text: `A ${shown(r.advantage)}` }), element("span", { text: `${r.length} tokens, ${r.finish ?? (r.truncated ? "cut" : "")}` }),
+      r.channels.kl ? element("span", { text: `KL ${shown(sum(r.channels.kl))}` }) : null,
+      clipped !== null ? element("span", { text: `clipped ${clipped}/${r.tokens.length}` }) : null,
+      r.push_score !== null && r.push_score !== undefined ? element("span", { text: `push of the score ${shown(r.push_score)}` }) : null,
+      finite(r.group_mean) ? element("span", { class: "quiet", text: `group ${shown(r.group_mean)} ± ${shown(r.group_std)}` }) : null,
+      r.dropped ? element("span", { class: "warn", text: `left out: ${r.dropped}` }) : null,
+      button("copy as JSON", async () => { try { await navigator.clipboard.writeText(JSON.stringify(r)); say("copied"); } catch { download(`rollout-${step}-${row}.json`, "application/json", JSON.stringify(r)); } })),
+    element("details", { class: "prompt", open: state.prompt === "1" || r.prompt.length < 300 }, element("summary", { text: "prompt" }), element("pre", { text: inert(r.prompt, 50000) })));
+  if (parts.length || Object.keys(r.checker ?? {}).length) {
+    const checks = Object.entries(r.checker ?? {});
+    if (checks.length) view.append(element("details", { class: "checks", open: true }, element("summary", { text: "why this reward" }),
+      table([{ text: "rule" }, { text: "score", class: "n" }, { text: "read in the answer" }, { text: "asked for" }, { text: "reason" }],
+        checks.map(([name, c]) => [inert(name), shown(r.parts[name]), inert(String(c?.extracted ?? "–")), inert(String(c?.gold ?? "–")), inert(String(c?.reason ?? ""))]))));
+  }
+  if (names.length) view.append(element("div", { class: "bar channels", role: "radiogroup", "aria-label": "Channel" }, names.map((name, i) =>
+    button(`${i < 9 ? `${i + 1} ` : ""}${header.channels[name].title}`, () => app.go({ channel: name }), { role: "radio", "aria-checked": name === channel, class: name === channel ? "on" : "", title: header.channels[name].about }))),
+    element("div", { class: "bar" }, legend(about.title, scale, about.unit), element("label", { class: "quiet" }, "threshold ",
+      element("input", { type: "range", min: "0", max: "1", step: "0.05", value: share, "aria-label": "Threshold as a share of the largest", onchange: (e) => app.go({ threshold: e.target.value }) }), ` ${shown(threshold, 2)}`),
+      button("← p", () => app.nextToken(-1), { "aria-label": "previous token over the threshold" }), button("n →", () => app.nextToken(1), { "aria-label": "next token over the threshold" }),
+      button("ids", () => app.go({ ids: state.ids === "1" ? null : "1" }), { "aria-pressed": state.ids === "1" })));
+  else view.append(element("p", { class: "quiet", text: "No channels are stored for this answer." }));
+  view.append(tokensView(app, r, { channel, scale, pinned, threshold, onpick: (t) => app.go({ token: t === pinned ? null : String(t) }) }));
+  if (values.length) {
+    const both = channel === "value" || channel === "return";
+    view.append(strip(both ? "value and return" : about.title, both ? r.channels.value ?? values : values, pinned, (t) => app.go({ token: String(t) }), both ? r.channels.return ?? null : null));
+  }
+  if (pinned !== null && pinned < r.tokens.length) view.append(element("section", { class: "pinned-card", "aria-label": "Pinned token" }, tokenCard(app, r, pinned)));
+  const tabs = element("div", { class: "bar" }, button("group (g)", () => app.go({ side: state.side === "group" ? null : "group" }), { "aria-pressed": state.side === "group" }),
+    button("same prompt over the steps (s)", () => app.go({ side: state.side === "same" ? null : "same" }), { "aria-pressed": state.side === "same" }));
+  view.append(tabs);
+  if (state.side === "group") view.append(await groupView(app, step, row, channel, about));
+  if (state.side === "same") view.append(await sameView(app, step, row));
+  return view;
+}
+
+const sum = (values) => values.reduce((a, v) => a + (finite(v) ? v : 0), 0);
+
+async function groupView(app, step, row, channel, about) {
+  const { rows, divergence } = await app.source.siblings(app.run, step, row);
+  const scale = scaleOf(about.kind, rows.map((r) => r.channels[channel]));
+  return element("section", { class: "group", "aria-label": "Answers to the same prompt" }, legend(`${about.title}, one scale for all`, scale, about.unit),
+    element("div", { class: "siblings" }, rows.map((r, k) => element("article", { class: k === 0 ? "chosen" : "" },
+      element("div", { class: "bar" }, button(`answer ${r.row}${r.role ? `, ${r.role}` : ""}`, () => app.pick(r.step, r.row), { class: "link" }), element("b", { text: shown(r.reward) }), element("span", { class: "quiet", text: `A ${shown(r.advantage, 2)}` }),
+        element("span", { class: "quiet", text: k === 0 ? "" : divergence[k] === null ? "the same" : `parts at ${divergence[k]}` })),
+      tokensView(app, r, { channel, scale, mark: divergence[k], onpick: (t) => app.pick(r.step, r.row, { token: String(t) }) })))));
+}
+
+async function sameView(app, step, row) {
+  const { rows } = await app.source.same(app.run, step, row);
+  const steps = [...new Set(rows.map((r) => r.step))];
+  let at = Math.max(0, steps.indexOf(Number(step)));
+  const list = element("div", { class: "same-list" });
+  const slider = element("input", { type: "range", min: "0", max: String(steps.length - 1), value: String(at), "aria-label": "Step", oninput: (e) => { at = Number(e.target.value); draw(); } });
+  const label = element("output", {});
+  const draw = () => {
+    label.textContent = `step ${steps[at]}`;
+    list.replaceChildren(...rows.filter((r) => r.step === steps[at]).map((r) => element("div", { class: "same" }, button(`answer ${r.row}`, () => app.pick(r.step, r.row), { class: "link" }), element("b", { text: shown(r.reward) }), element("span", { text: inert(r.completion) || "(nothing)" }))));
+  };
+  draw();
+  return element("section", { "aria-label": "The same prompt over the steps" }, element("p", { class: "quiet", text: `asked at ${steps.length} of the stored steps` }), steps.length > 1 ? element("div", { class: "bar" }, slider, label) : label, list);
+}
