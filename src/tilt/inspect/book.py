@@ -87,8 +87,8 @@ class Book:
             match = re.match(r"(?:\S+  )?alert +([\w ]{1,40}), step (\d{1,12}): (.*)", line)
             if match:
                 found.append({"step": int(match[2]), "name": match[1], "text": cut(match[3], 400)})
-            elif found and line.lstrip().startswith("healthy:") and len(found[-1]["text"]) < 800:
-                found[-1]["text"] += "; " + cut(line.strip(), 300)
+            elif found and (advice := re.match(r"(?:[\d:]{8})?\s+(healthy: .*)", line)) and len(found[-1]["text"]) < 800:
+                found[-1]["text"] += "; " + cut(advice[1], 300)
         return found[-500:]
 
     def notes(self, steps: Sequence[dict[str, Any]], stored: Sequence[str]) -> list[str]:

@@ -7,19 +7,21 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tilt.errors import TiltError, UsageError
+from tilt.inspect.book import Book
+from tilt.inspect.report import write_report
 from tilt.learning.exhaustion import exhausted
 from tilt.recipes import state as states
 from tilt.recipes.alerts import Watcher
 from tilt.recipes.finishing import Result
 from tilt.recipes.memory import advice
 from tilt.recipes.settings import Run, Training
-from tilt.recipes.taking_up import NEW, Start, best, changed, chosen, completed, cut, placed
+from tilt.recipes.taking_up import NEW, RESULT, Start, best, changed, chosen, completed, cut, placed
 from tilt.runs import checkpoints
 from tilt.runs.directory import RunDirectory, taken_up
 from tilt.runs.journal import Journal, read_metrics
@@ -225,6 +227,7 @@ def session(
     with ExitStack() as ending:
         ending.enter_context(writable(Path(config.root)))
         directory, resumed = placed(config, recipe, model, label, start)
+        ending.callback(reported, directory, start)
         ending.callback(Lock(directory.path).release)
         notes = changed(directory, config, recipe) if resumed else []
         if resumed:
@@ -242,6 +245,17 @@ def session(
             journal.note(note)
         yield found
         found.writer.wait()
+
+
+def reported(directory: RunDirectory, start: Start) -> None:
+    """The report of a run that has come to its end; what goes wrong with it is a line of the log and no more."""
+    if not (directory.path / RESULT).exists() or start.rewards is not None:
+        return
+    try:
+        write_report(Book(directory.path), directory.path / "report.html")
+    except Exception as error:
+        with suppress(OSError), directory.log.open("a", encoding="utf-8") as log:
+            log.write(f"report     could not be written: {type(error).__name__}: {error}\n")
 
 
 DISK = {

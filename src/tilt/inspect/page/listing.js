@@ -63,7 +63,7 @@ export function listView(app, listing, entries, total) {
   let low = Infinity, high = -Infinity;
   for (const v of values) { if (v < low) low = v; if (v > high) high = v; }
   const inner = element("div", { class: "rows-inner" });
-  const box = element("div", { class: "rows", tabindex: "0", role: "listbox", "aria-label": "Answers", "aria-rowcount": entries.length }, inner);
+  const box = element("div", { class: "rows", tabindex: "0", role: "listbox", "aria-label": "Answers" }, inner);
   // browsers limit an element's height: beyond 300,000 rows places are scaled
   const full = Math.min(entries.length * HEIGHT, 8_000_000), squeeze = entries.length * HEIGHT > full ? full / (entries.length * HEIGHT) : 1;
   inner.style.height = `${full}px`;

@@ -97,7 +97,7 @@ export async function rolloutView(app, step, row) {
     button(`${i < 9 ? `${i + 1} ` : ""}${header.channels[name].title}`, () => app.go({ channel: name }), { role: "radio", "aria-checked": name === channel, class: name === channel ? "on" : "", title: header.channels[name].about }))),
     element("div", { class: "bar" }, legend(about.title, scale, about.unit), element("label", { class: "quiet" }, "threshold ",
       element("input", { type: "range", min: "0", max: "1", step: "0.05", value: share, "aria-label": "Threshold as a share of the largest", onchange: (e) => app.go({ threshold: e.target.value }) }), ` ${shown(threshold, 2)}`),
-      button("← p", () => app.nextToken(-1), { "aria-label": "previous token over the threshold" }), button("n →", () => app.nextToken(1), { "aria-label": "next token over the threshold" }),
+      button("← p", () => app.nextToken(-1), { title: "previous token over the threshold" }), button("n →", () => app.nextToken(1), { title: "next token over the threshold" }),
       button("ids", () => app.go({ ids: state.ids === "1" ? null : "1" }), { "aria-pressed": state.ids === "1" })));
   else view.append(element("p", { class: "quiet", text: "No channels are stored for this answer." }));
   view.append(tokensView(app, r, { channel, scale, pinned, threshold, onpick: (t) => app.go({ token: t === pinned ? null : String(t) }) }));
