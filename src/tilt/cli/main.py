@@ -135,6 +135,27 @@ def view(
 
 
 @app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="a run (its last checkpoint; RUN:120 that of step 120), a checkpoint's folder or a hub name")],
+    b: Annotated[str, typer.Argument(help="the other one, usually the trained one")],
+    reference: Annotated[str, typer.Option(help="a third one to measure b against")] = "",
+    texts: Annotated[
+        str, typer.Option(help="answers to read: a run (its last stored step, else its held-out data) or a file; by default those of b")
+    ] = "",
+    prompts: Annotated[int, typer.Option(help="how many texts at most", min=1)] = 200,
+    generate: Annotated[int, typer.Option(help="answers of both to so many of the prompts, side by side", min=0)] = 0,
+    max_tokens: Annotated[int, typer.Option(help="longest generated answer", min=1)] = 128,
+    seed: Annotated[int, typer.Option(help="of the generated answers", min=0)] = 0,
+    out: Annotated[str, typer.Option(help="a .json file for tilt view")] = "",
+    json: Annotated[bool, typer.Option("--json", help="everything as one JSON object")] = False,
+) -> None:
+    """What training changed between two checkpoints: the same texts under both, token by token."""
+    from tilt.cli.compare import show_comparison
+
+    show_comparison(a, b, reference, texts, prompts, out, generate, max_tokens, seed, json)
+
+
+@app.command()
 def report(
     run: Annotated[str, typer.Argument(help="a run's folder")],
     out: Annotated[str, typer.Option(help="the file; by default report.html in the run's folder")] = "",

@@ -3,6 +3,7 @@
 export function element(name, attributes = {}, ...children) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith("aria-") && typeof value === "boolean") { made.setAttribute(key, String(value)); continue; }
     if (value === null || value === undefined || value === false) continue;
     if (key === "class") made.className = value;
     else if (key === "text") made.textContent = value;
