@@ -90,17 +90,6 @@ def test_a_change_planted_in_one_context_is_found_first_and_nothing_else_is(toke
     a = model(tokenizer)
     b = copy.deepcopy(a)
     p, wanted = (tokenizer.encode(c, add_special_tokens=False)[0] for c in "pl")
-    whole = b.forward
-
-    class Planted(torch.nn.Module):
-        def __init__(self, head):
-            super().__init__()
-            self.head, self.weight = head, head.weight
-
-        def forward(self, hidden):
-            return self.head(hidden)
-
-    assert whole is not None and Planted is not None
     policy, other = Policy(a).eval(), Policy(b).eval()
     plain = other.before_actions
     marks: list[torch.Tensor] = []

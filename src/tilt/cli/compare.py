@@ -55,7 +55,7 @@ def show_comparison(
                 f"{name} reads other tokens than {a}, so they cannot be compared token by token\n  name checkpoints of one family"
             )
     policies = [Policy(lm).requires_grad_(False).eval() for lm, _ in opened]
-    render = renderer(words, "auto")
+    render = renderer(words, next((template for name in (b, a) if (template := _settings(name).get("data", {}).get("template"))), "auto"))
     rollouts, shown = answers(
         texts or next((name for name in (b, a) if Path(name).is_dir()), ""), render, prompts, compat.context_of(opened[0][0])
     )
@@ -104,12 +104,21 @@ def answers(source: str, render: Renderer, count: int, context: int) -> tuple[li
 
 def _held_out(run: Path) -> Path:
     """The held-out data that a run's settings name."""
+    data = _settings(str(run)).get("data", {})
+    found = data.get("eval") or data.get("source")
+    if not found:
+        raise DataError(f"{run} has stored no answers, and its settings name no data\n  name texts: --texts FILE")
+    return Path(str(found))
+
+
+def _settings(run: str) -> dict[str, Any]:
+    """The settings of a run (RUN:120 too); nothing of what is none."""
+    match = PLACE.fullmatch(run)
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        data = config["data"]
-        return Path(data.get("eval") or data["source"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{run} has stored no answers, and its settings name no data\n  name texts: --texts FILE") from None
+        found = yaml.safe_load((Path(match[1] if match else run) / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return {**found, "data": found["data"] if isinstance(found.get("data"), dict) else {}} if isinstance(found, dict) else {}
 
 
 def _rows(path: Path, render: Renderer, count: int, context: int) -> tuple[list[Rollout], list[tuple[str, str]]]:
@@ -174,10 +183,7 @@ def _asked(run: str, render: Renderer, count: int) -> list[Prompt]:
 
 def _rules(run: str) -> Any:
     """The reward of a run's settings, where it is a rule that says right or wrong (exact, numeric, regex)."""
-    try:
-        reward = yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8")).get("reward")
-    except (OSError, yaml.YAMLError, AttributeError):
-        return None
+    reward = _settings(run).get("reward")
     return reward if isinstance(reward, dict) and {"exact", "numeric", "regex"} & set(reward) and len(reward) == 1 else None
 
 
