@@ -281,7 +281,9 @@ def test_a_run_that_goes_on_grows_on_the_page(page, served, tmp_path, monkeypatc
         write_metrics(run, range(20, 30))
         step_file(run / "rollouts", 20, answers_of(20, 8))
         page.wait_for_function("() => document.querySelector('#header').innerText.includes('step 29/100')", timeout=8000)
-        page.wait_for_function("() => [...document.querySelector('select[aria-label=Step]').options].some((o) => o.value === '20')", timeout=8000)
+        page.wait_for_function(
+            "() => [...document.querySelector('select[aria-label=Step]').options].some((o) => o.value === '20')", timeout=8000
+        )
         (run / "result.json").write_text("{}")
         page.wait_for_function("() => document.querySelector('#header').innerText.includes('finished')", timeout=8000)
 

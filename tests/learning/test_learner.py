@@ -272,7 +272,7 @@ def test_channels_keep_the_first_visit_and_the_last(make, batch, rewards):
         channels["new"][seen], before[seen], atol=1e-6
     )
     assert torch.allclose(channels["ratio"][seen], (channels["new"] - before).exp()[seen], atol=1e-9)
-    assert set(learner.update(batch, row.prepare(rewards, signals, batch.layout), row).channels) == {"first"}
+    assert set(learner.update(batch, row.prepare(rewards, signals, batch.layout), row).channels) == {"first", "clip"}
 
 
 # --- pretraining beside, and the average of the weights ---------------------------------------------------------------------------

@@ -62,6 +62,12 @@ def _recipe(command: str, help: str) -> None:
     ) -> None:  # fmt: skip
         from tilt.cli import recipes
 
+        if command == "label" and words and not help:
+            from tilt.cli import annotate
+
+            if annotate.for_people(words):
+                annotate.run(words)
+                return
         if help:
             from tilt.cli.show import show_settings
 
@@ -79,7 +85,7 @@ _recipe("prm", "a process reward model from answers whose steps are labelled")
 _recipe("dpo", "preference optimisation without a reward model: DPO and its family")
 _recipe("rl", "reinforcement learning with any algorithm of the table, or one of your own")
 _recipe("rank", "preference data from a model's own answers, ranked by a reward")
-_recipe("label", "preference data labelled by a judge, both ways round: pairs of the data, or of a model's own answers")
+_recipe("label", "preference data: `tilt label MODEL PROMPTS` compared by people on a page; with settings by a judge, both ways round")
 _recipe("rlhf", "SFT → reward model → RL in one directory")
 
 

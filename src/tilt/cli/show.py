@@ -50,6 +50,10 @@ def show_settings(command: str) -> None:
             Text(f"The file says which recipe: `recipe:` is one of {', '.join(RECIPES)}. Their settings: `tilt sft --help` and so on."),
         )
         return
+    if command == "label":
+        from tilt.cli.annotate import USAGE
+
+        usage = f"usage: {USAGE}\n\n{usage}"
     _print(Text(usage + "\n"), _table(("setting", "default", "meaning"), settings(command)))
 
 

@@ -113,11 +113,14 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, site: Site, host: str, port: int, token: str = "") -> None:
-        super().__init__((host, port), Handler)
+    def __init__(
+        self, site: Site | None, host: str, port: int, token: str = "", *, handler: type[BaseHTTPRequestHandler] | None = None,
+        pages: Mapping[str, str] = ASSETS,
+    ) -> None:  # fmt: skip
+        super().__init__((host, port), handler or Handler)
         bound = self.server_address[1]
         hosts = LOOPBACK if host in ("127.0.0.1", "localhost") else (*LOOPBACK, host)
-        self.site, self.token = site, token
+        self.site, self.token, self.pages = site, token, pages
         self.names = {f"{name}:{bound}" for name in hosts}
         self.url = f"http://{host}:{bound}/" + (f"?token={token}" if token else "")
         self.open_to_all = host not in ("127.0.0.1", "localhost")
@@ -145,12 +148,12 @@ class Handler(BaseHTTPRequestHandler):
         if refused:
             self._send(403, {"error": refused}, send)
             return
-        if address.path in ASSETS:
-            name = ASSETS[address.path]
+        if address.path in self.server.pages:
+            name = self.server.pages[address.path]
             self._reply(200, KINDS[name.rpartition(".")[2]], asset(name), send)
             return
         try:
-            self._send(200, self.server.site.answer(address.path, query), send)
+            self._send(200, self.api(address.path, query), send)
         except UsageError as error:
             self._send(404, {"error": str(error)}, send)
         except TiltError as error:
@@ -159,6 +162,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         except Exception as error:  # a damaged file must not end the server
             self._send(500, {"error": f"{type(error).__name__}: {str(error)[:300]}"}, send)
+
+    def api(self, path: str, query: Mapping[str, str]) -> Any:
+        """What an address under /api gives."""
+        assert self.server.site is not None
+        return self.server.site.answer(path, query)
 
     def _refused(self, query: Mapping[str, str]) -> str:
         """Why a request is not answered: it names another host, comes from another page, or lacks the token."""

@@ -15,7 +15,7 @@ READ = ("logprobs", "entropy", "kl", "values")
 
 
 class Channels:
-    """Per-action values of the micro-batches that held each action, kept where they are wanted; NaN where an action was in none.
+    """Per-action values of the micro-batches that held each action, NaN where an action was in none; all but `first` and `clip` only where they are wanted.
 
     `first` is of the first visit; `new`, `entropy`, `ratio` and `clip` of the last; a push is the sum over the optimizer steps, each before its
     gradient's norm is clipped.
@@ -23,7 +23,9 @@ class Channels:
 
     def __init__(self, layout: Layout, dtype: torch.dtype, watch: bool) -> None:
         self.layout, self.watch = layout, watch
-        self.values = {name: torch.full((layout.actions,), float("nan"), dtype=dtype) for name in ("first", *(SHOWN if watch else ()))}
+        self.values = {
+            name: torch.full((layout.actions,), float("nan"), dtype=dtype) for name in ("first", "clip", *(SHOWN if watch else ()))
+        }
 
     def copy(self) -> Channels:
         """One that goes on from here by itself."""
@@ -43,12 +45,13 @@ class Channels:
         actions, new = self.layout.actions_of(sequences), said.logprobs.detach()
         seen = self.values["first"][actions]
         self.values["first"][actions] = torch.where(seen.isnan(), new.to(seen), seen)
+        self.values["clip"][actions] = clip_marks(objective, said, share).to(self.values["clip"])
         if not self.watch:
             return
         kind = objective.ratio if "old" in objective.ratio.needs else TokenRatio()
         found = {
             "new": new, "entropy": said.entropy.detach(), "ratio": kind(new, share.signals.old, share.layout, share.advantages).detach(),
-            "clip": clip_marks(objective, said, share), **pushes(objective, said, share),
+            **pushes(objective, said, share),
         }  # fmt: skip
         for name, value in found.items():
             kept = self.values[name][actions]

@@ -232,7 +232,7 @@ class Learner:
         self.version += updates > 0
         found = tally.read(objective) | lr | {"skipped": float(updates == 0), "sequences/trained": float(count)}
         found |= {"micro_tokens": float(self.settings.micro_tokens)} if settings.halve else {}
-        found |= {"policy/clipped": float((tally.channels.values["clip"].abs() == 1).sum())} if watch else {}
+        found |= {"policy/clipped": float((tally.channels.values["clip"].abs() == 1).sum())}
         if other is not None and objective.against == "old":
             found |= {"policy/kl_old": self._distance(batch, live, experience, other, temperature)}
         return Report(found, tally.channels.values, live, note)

@@ -85,7 +85,7 @@ GLOSSARY: Mapping[str, str] = MappingProxyType(
         "policy/clipfrac_avg": "Share of actions (sequences, for sequence ratios) whose gradient the clip cut or capped. 0 on a first update, then below about 0.2; above it lower the learning rate.",
         "policy/clipfrac_low": "The part of the clip fraction with the ratio too low (Adv < 0). Much larger than the high part: bad answers are pushed down fast.",
         "policy/clipfrac_high": "The part with the ratio too high (Adv > 0, or beyond the cap). Large while entropy falls: raise the upper clip.",
-        "policy/clipped": "Actions whose gradient the clip cut or capped at their last visit, at steps that store token channels. 0 on a first update; equals the marks of `clip` on the token page.",
+        "policy/clipped": "Actions whose gradient the clip cut or capped at their last visit in this batch. 0 on a first update; equals the marks of `clip` on the token page.",
         "policy/entropy_avg": "Exact entropy of the policy, mean over actions, nats. As for `entropy`; absent where it was not computed.",
         "policy/penalty_avg": "Mean penalty taken off the gain, beta included. Small beside the spread of the advantages; else lower beta.",
         "policy/kl_reference": "Exact KL(policy || reference) of the states, mean over actions, nats. Grows slowly from 0; if it runs away raise beta.",
