@@ -302,7 +302,8 @@ def collapses(rows: Rows, tokens: Tokens) -> list[dict[str, Any]]:
         items = by_row.get(i) or list(completion)
         if finish[i] == "stop" and items and by_row.get(i):
             items = items[:-1] if items[-1].startswith("#") or items[-1] == "" else items
-        start = repeats_from(items)
+        starts = (repeats_from(items[: len(items) - k]) for k in range(3))  # an answer may be cut inside its last repetition
+        start = next((place for place in starts if place is not None), None)
         if start is not None:
             head = "".join(items[:start])
             found.append(

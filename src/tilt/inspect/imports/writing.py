@@ -176,7 +176,8 @@ def seamless(log: Log) -> list[dict[str, Any]]:
             continue
         if step <= last:
             log.notes.append(f"the steps go back from {last} to {step}: a restart; the later rows stand")
-            log.said["metric rows that a later one replaced"] += step in found
+        if step in found:
+            log.said["metric rows that a later one replaced"] += 1
         found[step] = {"step": step, **{str(k): v for k, v in row.items() if k != "step" and v is not None}}
         last = step
     return [found[step] for step in sorted(found)]
