@@ -6,7 +6,7 @@ WORKERS ?= 2
 FUZZ_MINUTES ?= 10
 ENV    := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help quickstart test test-all mutants fuzz crash lint format bench classic-bench clean
+.PHONY: help quickstart test test-all mutants fuzz crash browser lint format bench classic-bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -26,6 +26,11 @@ mutants: $(VENV)/.installed-dev  ## planted faults and mechanical mutants of the
 
 crash: $(VENV)/.installed-dev  ## kill runs at random points, resume them, and compare every bit (minutes)
 	$(ENV) $(BIN)/python tests/crash/run.py
+
+browser: $(VENV)/.installed-dev  ## the page in a headless Chromium (from the system), with axe-core where npm is there
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,browser]"
+	test -e node_modules/axe-core/axe.min.js || npm install --silent --no-save axe-core || true
+	$(ENV) $(BIN)/python -m pytest -q tests/browser
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .
