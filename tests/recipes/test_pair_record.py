@@ -55,3 +55,24 @@ def test_storing_changes_no_bit_of_training(request, metrics, run):
         for every in (0, 1)
     ]
     assert kept[0] == kept[1]
+
+
+def test_a_tracker_changes_no_bit_of_training(run_dpo, metrics, monkeypatch):
+    import sys
+
+    from tilt.runs import trackers
+
+    rows = []
+
+    class Fake:
+        init = staticmethod(lambda **how: None)
+        log = staticmethod(lambda row, step: rows.append((step, row)))
+        finish = staticmethod(lambda: None)
+
+    monkeypatch.setitem(sys.modules, "trackio", Fake)
+    monkeypatch.setitem(trackers.NEEDS, "trackio", ("json", "json"))
+    kept = [
+        [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in metrics(run_dpo(steps=4, **more))]
+        for more in ({}, {"track": "trackio"})
+    ]
+    assert kept[0] == kept[1] and [step for step, _ in rows][:4] == [0, 1, 2, 3] and rows[0][1]["loss"] == pytest.approx(kept[0][0]["loss"])

@@ -10,7 +10,7 @@ from tilt.config import read_file
 from tilt.errors import UsageError
 
 FREE = (
-    "name", "root", "log_every", "threads", "device", "quiet", "watchdog", "save", "save_every", "save_minutes", "keep_last", "keep_best",
+    "name", "root", "log_every", "threads", "device", "quiet", "watchdog", "track", "save", "save_every", "save_minutes", "keep_last", "keep_best",
     "rollouts_every", "channels_mb", "eval", "eval_every", "measure", "stop_at", "stop_rise", "max_kl", "max_mismatch", "guards", "micro_tokens",
     "optimizer", "alerts", "halve_micro", "critic_lr", "steps", "epochs", "sampling.slots", "sampling.cache_gib",
 )  # fmt: skip

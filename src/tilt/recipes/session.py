@@ -28,6 +28,7 @@ from tilt.runs.journal import Journal, read_metrics
 from tilt.runs.lock import Lock
 from tilt.runs.signals import ASKED, heeded
 from tilt.runs.text import size
+from tilt.runs.trackers import Trackers, check
 from tilt.runs.watchdog import Watchdog
 
 
@@ -225,6 +226,7 @@ def session(
 ) -> Iterator[Session]:
     """The run's directory, new or taken up, locked, with its journal. A new run's name starts with `label`, else with the recipe."""
     with ExitStack() as ending:
+        check(config.track)
         ending.enter_context(writable(Path(config.root)))
         directory, resumed = placed(config, recipe, model, label, start)
         ending.callback(reported, directory, start)
@@ -241,6 +243,9 @@ def session(
             found.watcher = Watcher(config.alerts)
         for each in (roomy(found), journal, heeded()):
             ending.enter_context(each)
+        if config.track and start.rewards is None:
+            journal.trackers = Trackers(config.track, directory.path, config.model_dump(mode="json", fallback=str), journal.note)
+            ending.callback(journal.trackers.close)
         for note in notes:
             journal.note(note)
         yield found

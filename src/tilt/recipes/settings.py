@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tilt.config import Section
 from tilt.errors import UsageError
 from tilt.optim.optimizers import AdamW
 from tilt.recipes.alerts import Alerts
 from tilt.rewards.spec import check_files, parse
+from tilt.runs.trackers import Name as Tracker
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -275,6 +276,11 @@ class Run(Section):
         float,
         Field(ge=0.0, description="minutes that one phase of a step may take; then the stacks are written down and the run ends; 0 = any"),
     ] = 120.0
+    track: Annotated[
+        tuple[Tracker, ...],
+        BeforeValidator(lambda given: (given,) if isinstance(given, str) else given),
+        Field(description="also send metrics to tensorboard, trackio, wandb or mlflow; one, or a list"),
+    ] = ()
 
     @property
     def saves(self) -> Training | None:

@@ -21,6 +21,7 @@ from rich.text import Text
 from tilt.errors import DataError
 from tilt.runs.secrets import masked
 from tilt.runs.text import duration, fence, inert, middle, number
+from tilt.runs.trackers import Trackers
 
 SPARKS = "▁▂▃▄▅▆▇█"
 FINISHED = "finished"
@@ -64,6 +65,7 @@ class Journal:
         self._stage = ""
         self._began: tuple[float, int] | None = None
         self._live: Live | None = None
+        self.trackers: Trackers | None = None
 
     def __enter__(self) -> Journal:
         return self
@@ -94,6 +96,8 @@ class Journal:
         }
         self._metrics.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._metrics.flush()
+        if self.trackers is not None:
+            self.trackers.log(step, values)
         if stage != self._stage or self._began is None:
             self._stage, self._began, self._history = stage, (now, step), {}
         if total is not None:
