@@ -54,6 +54,7 @@ def count(page):
 def test_the_overview_draws_the_curves_with_alerts_and_a_second_run(page, served, run, second):
     with served(Site([Book(run), Book(second)])) as url:
         visit(page, url)
+        assert "null" not in page.locator("#header").inner_text()
         titles = page.locator(".chart figcaption").all_inner_texts()
         assert {"Reward", "KL to the reference, nats", "Entropy, nats", "Length", "Clipped, share", "Gradient norm", "Loss"} <= set(titles)
         assert page.locator(".alerts li").inner_text().startswith("⚑ step 20 entropy")
@@ -181,6 +182,8 @@ def test_keys_walk_rows_tokens_and_views(page, served, run):
         assert "token" not in state_of(page)
         settled(page, lambda: page.keyboard.press("g"))
         assert page.locator(".siblings article").count() == 4 and page.locator(".parting").count() >= 1
+        drawn = "() => { const c = document.querySelector('.strip'); return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((v) => v > 0); }"
+        assert page.evaluate(drawn), "the strip is drawn"
         settled(page, lambda: page.keyboard.press("s"))
         assert "asked at 4 of the stored steps" in page.locator("main").inner_text()
         page.get_by_label("Step", exact=True).last.evaluate("n => { n.value = '0'; n.dispatchEvent(new Event('input')); }")

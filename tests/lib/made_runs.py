@@ -105,7 +105,10 @@ def make_run(
     for s in range(steps):
         answers = answers_of(s * every, count, length)
         if hostile:
-            answers = [{"prompt": f"<b>{text[:40]}</b>", "completion": text, "reward": 1.0, "group": i, "token": 9} for i, text in enumerate(HOSTILE)]
+            answers = [
+                {"prompt": f"<b>{text[:40]}</b>", "completion": text, "reward": 1.0, "group": i, "token": 9}
+                for i, text in enumerate(HOSTILE)
+            ]
         step_file(place / "rollouts", s * every, answers)
     write_metrics(place, range(steps * every))
     if not running:

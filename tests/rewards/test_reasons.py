@@ -35,7 +35,9 @@ def test_a_rule_says_what_it_read_and_why(rule, text, gold, length, extracted, w
     (found,) = reasons(rule, [text], {"answer": [gold], "lengths": [length]})
     assert found == {"extracted": extracted, "gold": wanted, "reason": said}
     (score,) = rule([text], answer=[gold], lengths=[length])
-    good = said.startswith(("equal", "the same", "the last occurrence is the answer", "the pattern occurs", "the answer has the form", "within", "no 2"))
+    good = said.startswith(
+        ("equal", "the same", "the last occurrence is the answer", "the pattern occurs", "the answer has the form", "within", "no 2")
+    )
     assert score is None or (score == 1 or (score == 0 and isinstance(rule, Length))) == good
 
 

@@ -168,7 +168,7 @@ class Rows:
             "length": one.get("length") if one.get("length") is not None else len(completion), "truncated": bool(one.get("truncated")),
             "dropped": one.get("dropped_reason"), "push_score": number(one.get("push_score")), "tokens": tokens, "bytes": hexes,
             "ids": ids if tokens else [], "mask": _ints(one.get("mask")) if tokens else [],
-            "channels": {name: values for name, values in channels.items() if len(values) == len(tokens)}, "top": _top(one),
+            "channels": {name: values for name, values in channels.items() if len(values) == len(tokens) and any(v != "nan" for v in values)}, "top": _top(one),
         }  # fmt: skip
 
     def siblings(self, row: int) -> dict[str, Any]:

@@ -82,6 +82,6 @@ function cloud(points) {
     for (const e of known) { const [x, y] = spot(e, w, h), d = (x - event.offsetX) ** 2 + (y - event.offsetY) ** 2; if (d < near) { near = d; best = e; } }
     note.textContent = best ? `${visible(best[2])}: push ${shown(best[0])}, result ${shown(best[1])}` : "→ push, ↑ result; orange: moved as asked, blue: against it";
   });
-  requestAnimationFrame(draw);
+  new ResizeObserver(draw).observe(canvas);
   return [canvas, note];
 }

@@ -124,6 +124,6 @@ export function strip(title, values, at, pick, second = null) {
     if (at !== null) { c.strokeStyle = css("--ink"); c.strokeRect(at * step, 1, Math.max(2, step), height - 2); }
   };
   canvas.addEventListener("click", (e) => pick(Math.min(values.length - 1, Math.floor((e.offsetX / canvas.clientWidth) * values.length))));
-  requestAnimationFrame(draw);
+  new ResizeObserver(draw).observe(canvas);
   return canvas;
 }

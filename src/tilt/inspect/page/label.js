@@ -26,9 +26,9 @@ const undo = () => state.can_undo && send({ undo: true });
 
 function draw() {
   const { show, task } = state;
-  document.getElementById("header").replaceChildren(element("span", { class: "brand", text: "tilt label" }), element("span", { text: state.annotator }),
+  document.getElementById("header").replaceChildren(...[element("span", { class: "brand", text: "tilt label" }), element("span", { text: state.annotator }),
     element("progress", { max: state.all, value: state.done, "aria-label": "labelled" }), element("span", { class: "quiet", text: `${state.done} of ${state.all}` }), element("span", { class: "space" }),
-    button("undo (u)", undo, { disabled: !state.can_undo }), show && show.answers.length === 2 ? button("mark differences (d)", () => { marked = !marked; draw(); }, { "aria-pressed": marked }) : null);
+    button("undo (u)", undo, { disabled: !state.can_undo }), show && show.answers.length === 2 ? button("mark differences (d)", () => { marked = !marked; draw(); }, { "aria-pressed": marked }) : null].filter(Boolean));
   const main = document.getElementById("main");
   document.documentElement.dataset.item = show ? String(show.item) : "end";
   if (!show) { main.replaceChildren(element("h1", { text: "All labelled. Thank you." }), element("p", { class: "quiet", text: "preferences.jsonl is written; this page can be closed." })); return; }

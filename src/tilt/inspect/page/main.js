@@ -95,14 +95,14 @@ function drawHeader() {
   const live = header.status === "running" && app.source.live;
   const runChoice = runs.length > 1 ? choice("Run", runs.map((r) => [String(r.id), r.name]), app.run, (v) => go({ run: v, step: null, step_at: null, row: null, token: null, more: null, with: null })) : element("b", { text: header.name });
   const others = runs.filter((r) => String(r.id) !== app.run);
-  document.getElementById("header").replaceChildren(
+  document.getElementById("header").replaceChildren(...[
     element("span", { class: "brand", text: "tilt" }), runChoice,
     element("span", { class: "facts" }, [header.algorithm, header.model, header.task].filter(Boolean).map((t) => element("span", { text: inert(t, 60) }))),
     element("span", { class: `status ${header.status}`, title: header.status }, element("i", { "aria-hidden": "true" }), `${live ? "live" : header.status}${header.step !== null ? ` · step ${header.step}${header.steps ? `/${header.steps}` : ""}` : ""}`),
     element("span", { class: "quiet", text: [header.seed !== null && header.seed !== undefined ? `seed ${header.seed}` : "", header.commit ?? ""].filter(Boolean).join(" · ") }),
     element("span", { class: "space" }),
     others.length ? choice("Compare with", [["", "compare with …"], ...others.map((r) => [String(r.id), r.name])], state.with ?? "", (v) => go({ with: v || null })) : null,
-    button("save view", save, { title: "this view as one HTML file without scripts" }), button("◐", turnTheme, { "aria-label": "light or dark" }), button("?", help, { "aria-label": "keys" }));
+    button("save view", save, { title: "this view as one HTML file without scripts" }), button("◐", turnTheme, { "aria-label": "light or dark" }), button("?", help, { "aria-label": "keys" })].filter(Boolean));
   document.getElementById("tabs").replaceChildren(...VIEWS.filter(([name]) => name !== "compare" || app.comparisons.length || state.view === "compare").map(([name, title, key]) =>
     element("a", { href: `#${new URLSearchParams({ ...state, view: name })}`, "aria-current": state.view === name ? "page" : null, title: `key ${key}`, text: title })));
 }
