@@ -251,6 +251,24 @@ def test_what_an_update_changed_is_told_with_its_numbers(page, served, run):
         assert state_of(page)["profile"] == "push"
 
 
+def test_the_page_names_the_step_and_the_token_where_answers_come_apart(page, served, tmp_path):
+    run = make_run(tmp_path / "fallen", steps=2)
+    for step in (20, 30):
+        answers = [a | {"completion": "the sum is forty-two" + " ha" * 30} if i % 2 else a for i, a in enumerate(answers_of(step, 16, 40))]
+        step_file(run / "rollouts", step, answers)
+    with served(Site([Book(run)])) as url:
+        visit(page, url, view="changed", step=10)
+        said = page.locator("p.warn").inner_text()
+        assert "Answers come apart from step 20 on" in said and "the sum is forty-two" in said
+        settled(page, lambda: page.get_by_role("button", name="show one").click())
+        state = state_of(page)
+        assert (
+            state["step"] == "20"
+            and abs(int(state["token"]) - len("the sum is forty-two") // 3) <= 3
+            and page.locator(".pinned").count() == 1
+        )
+
+
 def test_a_comparison_shows_what_changed_most(page, served, run):
     text = {
         "prompt": "say", "completion": "a b", "tokens": ["a", " b"], "bytes": [None, None], "ids": [1, 2], "top": {"a": [[["a", -0.1]], [["c", -0.2]]], "b": [[["a", -0.1]], [["b", -0.2]]]},

@@ -177,6 +177,18 @@ def report(
     print(f"{place}  {write_report(book, place) / 1e6:.1f} MB")
 
 
+@app.command("plot")
+def plot_(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN …", help="one run or several, laid over each other")],
+    out: Annotated[str, typer.Option(help="the picture: .png, .svg or .pdf")] = "curves.png",
+    metrics: Annotated[str, typer.Option(help="names with commas between; by default the main ones")] = "",
+) -> None:
+    """The main curves of runs as a small picture (pip install tilt-rl[plot])."""
+    from tilt.cli.plot import plot
+
+    print(plot(runs, out, [name.strip() for name in metrics.split(",") if name.strip()]))
+
+
 @app.command("import")
 def import_(
     source: Annotated[str, typer.Argument(help="a file or folder that another trainer wrote")],

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from tilt.errors import DataError, TiltError
+from tilt.inspect.changed import changed, collapse_over
 from tilt.inspect.tables import Rows, cut, key_of, number
 from tilt.runs.listing import status_of
 
@@ -255,9 +256,20 @@ class Book:
 
     def changed(self, step: int) -> dict[str, Any]:
         """What this step's update changed, by token, position and class."""
-        from tilt.inspect.changed import changed
+        return changed(self.rows(step).table) | {"begins": self.collapse()}
 
-        return changed(self.rows(step).table)
+    def collapse(self) -> dict[str, Any] | None:
+        """The step and the token at which this run's answers begin to come apart, None where they do not; read from at most 40 stored steps."""
+        steps = [entry["step"] for entry in self.steps() if entry["channels"]]
+        picked = [steps[round(i * (len(steps) - 1) / 39)] for i in range(40)] if len(steps) > 40 else steps
+        key = (tuple(picked), self.status())
+        with self._lock:
+            known = self.__dict__.setdefault("_collapses", {})
+        if key not in known:
+            known.clear()
+            known[key] = collapse_over((step, self.rows(step).table) for step in picked)
+        found: dict[str, Any] | None = known[key]
+        return found
 
     def _text(self, name: str) -> str:
         try:
