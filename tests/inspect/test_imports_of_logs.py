@@ -122,7 +122,11 @@ def test_the_logging_board(tmp_path):
     assert detail["channels"]["delta_ref"] == gap.tolist() and detail["channels"]["kl"] == pytest.approx(
         (np.expm1(-gap) + gap).tolist(), rel=1e-4
     )
-    assert detail["channels"]["value"] == [0.1, 0.2] and detail["parts"]["reference's answer"] == 0.25
+    assert detail["channels"]["value"] == [0.1, 0.2] and detail["checker"]["reference's answer"] == {
+        "extracted": "他",
+        "gold": None,
+        "reason": "earned 0.25",
+    }
     assert told(place)["left_out"] == {
         "lines that are no JSON": 1,
         "lines that are no objects": 1,

@@ -240,8 +240,6 @@ class Board:
                 log.said["rows without prompt, response or step"] += 1
                 continue
             found: Answer = {"step": step, "prompt": prompt, "completion": response, "reward": real(row.get("reward"))}
-            if row.get("ref_reward") is not None:
-                found["rewards"] = {"reward": real(row.get("reward")), "reference's answer": real(row.get("ref_reward"))}
             if isinstance(row.get("ref_response"), str):
                 found["checker"] = json.dumps(
                     {"reference's answer": {"extracted": row["ref_response"], "gold": None, "reason": f"earned {row.get('ref_reward')}"}},
