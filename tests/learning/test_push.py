@@ -14,7 +14,7 @@ from tilt.distributions import entropy, kl, logprobs
 from tilt.inspect.fixtures import fixture_f
 from tilt.learning.channels import Channels, pushes
 from tilt.learning.learner import Passes
-from tilt.objectives import ALGORITHMS, Objective, Outputs, Rewards, Signals
+from tilt.objectives import ALGORITHMS, K1, K2, K3, NoPenalty, Objective, Outputs, Rewards, Signals
 from tilt.segments import Layout, segment_mean, segment_sum, spread
 
 STEP = 1e-6
@@ -33,12 +33,18 @@ def known(row: Objective):
 
 
 def pushed(row: Objective, logits: Tensor, experience, values: Tensor) -> dict[str, Tensor]:
-    said = Outputs.of(logits.clone().requires_grad_(), values=values.clone().requires_grad_(), entropy=torch.ones(10).double(), sequences=4)
+    said = Outputs.of(
+        logits.clone().requires_grad_(),
+        values=values.clone().requires_grad_(),
+        entropy=torch.ones(10).double(),
+        kl=torch.full((10,), 0.3).double(),
+        sequences=4,
+    )
     row.loss(said, experience).backward()
     return pushes(row, said, experience)
 
 
-@pytest.mark.parametrize("name", [name for name, row in ALGORITHMS.items() if getattr(row, "against", "none") == "none"])
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_push_is_the_slope_of_the_loss_in_each_log_probability(name, frozen):
     row = ALGORITHMS[name]
     batch, experience = known(row)
@@ -49,7 +55,12 @@ def test_push_is_the_slope_of_the_loss_in_each_log_probability(name, frozen):
 
         def loss(logprobs: Tensor, worth: Tensor) -> float:
             again()
-            return float(row.loss(Outputs.of(logprobs, values=worth, entropy=torch.ones(10).double(), sequences=4), experience))
+            return float(
+                row.loss(
+                    Outputs.of(logprobs, values=worth, entropy=torch.ones(10).double(), kl=torch.full((10,), 0.3).double(), sequences=4),
+                    experience,
+                )
+            )
 
         loss(policy, values)  # what is held still, is held where the slope is asked for
         for which, start in (("push", policy), ("push_value", values)):
@@ -107,6 +118,18 @@ def test_push_equals_the_closed_form(name):
     }
     found = pushed(row, new, experience, batch.outputs.values.detach())["push"]
     assert torch.allclose(found, forms[name](), rtol=0, atol=1e-12), (found, forms[name]())
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_a_kl_in_the_loss_pushes_by_its_own_form(kind):
+    """k1: −β w; k2: −β w (log π − log ref); k3: +β w (ref / π − 1)."""
+    beta, plain = 0.3, replace(ALGORITHMS["grpo"], penalty=NoPenalty())
+    row = replace(plain, penalty={"k1": K1, "k2": K2, "k3": K3}[kind](beta))
+    batch, experience = known(row)
+    new, ref, values = batch.outputs.logprobs.detach(), experience.signals.reference, batch.outputs.values.detach()
+    added = pushed(row, new, experience, values)["push"] - pushed(plain, new, experience, values)["push"]
+    forms = {"k1": torch.full((10,), -beta).double(), "k2": -beta * (new - ref), "k3": beta * ((ref - new).exp() - 1)}
+    assert torch.allclose(added, experience.weights * forms[kind], rtol=0, atol=1e-12) and added.abs().max() > 1e-3
 
 
 def test_a_clipped_token_is_pushed_by_exactly_nothing_in_that_pass():
