@@ -58,3 +58,11 @@ def test_numbers_on_the_page_equal_those_from_the_checkpoints(run_rl, algorithm)
         sum(c in (1, -1) for row in range(book.rows(2).count) for c in book.rows(2).detail(row)["channels"]["clip"])
         == book.metrics()["columns"]["policy/clipped"][2]
     )
+
+
+def test_a_run_with_a_rule_is_replayed_with_its_reasons(run_rl):
+    from tilt.recipes.replaying import replay
+
+    result = run_rl(algorithm="grpo", steps=3, rollouts_every=1, reward={"length": {"high": 3}})
+    assert Book(result.directory.path).rows(1).detail(0)["checker"]["length"]["gold"] == "0 to 3"
+    assert replay(result.directory.path).differences == ()

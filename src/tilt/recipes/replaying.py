@@ -112,14 +112,21 @@ class Store:
     def scoring(self, plain: Scoring) -> Scoring:
         """The scoring with every part taken from the store, where it is there; what judges steps, and what is not stored, is asked again."""
 
-        def taken(name: str, call: Call) -> Call:
-            def read(rollouts: Sequence[Rollout], texts: Sequence[Text]) -> Scored:
-                found = [self.of(rollout, name) for rollout in rollouts]
-                return Scored([value for _, value in found], 0, "") if all(there for there, _ in found) else call(rollouts, texts)
-
-            return read
-
         parts = [
-            part if isinstance(part.call, ProcessReward) else replace(part, call=taken(part.name, part.call)) for part in plain.score.parts
+            part if isinstance(part.call, ProcessReward) else replace(part, call=Taken(self, part.name, part.call))
+            for part in plain.score.parts
         ]
         return replace(plain, score=replace(plain.score, parts=parts))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A part of the reward that is read from the store, where all of it is there; `plain` is the part itself."""
+
+    store: Store
+    name: str
+    plain: Call
+
+    def __call__(self, rollouts: Sequence[Rollout], texts: Sequence[Text]) -> Scored:
+        found = [self.store.of(rollout, self.name) for rollout in rollouts]
+        return Scored([value for _, value in found], 0, "") if all(there for there, _ in found) else self.plain(rollouts, texts)

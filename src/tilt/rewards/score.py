@@ -194,7 +194,10 @@ class Scorer:
     def reasons(self, rollouts: Sequence[Rollout], texts: Sequence[Text]) -> list[dict[str, Reason]]:
         """For each answer why each rule of the library scored it as it did, by part; functions and models do not say."""
         found: list[dict[str, Reason]] = [{} for _ in rollouts]
-        rules = {part.name: part.call.function.call for part in self.parts if isinstance(part.call, Called)}
+        calls = {
+            part.name: getattr(part.call, "plain", part.call) for part in self.parts
+        }  # a replay reads scores, and asks the rule itself why
+        rules = {name: call.function.call for name, call in calls.items() if isinstance(call, Called)}
         columns = columns_of(rollouts) if rules else {}
         for name, rule in rules.items():
             for mine, reason in zip(found, reasons(rule, [t.completion for t in texts], columns) or (), strict=False):
