@@ -193,10 +193,15 @@ def test_keys_walk_rows_tokens_and_views(page, served, run):
         page.keyboard.press("/")
         assert page.evaluate("document.activeElement.id") == "search"
         settled(page, lambda: page.keyboard.type("therefore") or page.keyboard.press("Enter"))
-        assert 0 < count(page) < 32
-        page.keyboard.press("Escape")
+        assert 0 < count(page) < 32 and page.evaluate("document.activeElement.className") == "rows", "Enter goes on to the list"
         settled(page, lambda: page.keyboard.press("Escape"))
         assert count(page) == 32
+        settled(page, lambda: page.keyboard.press("ArrowDown"))
+        assert page.locator(".row.chosen").count() == 1 and page.evaluate("document.activeElement.className") == "rows"
+        page.keyboard.press("/")
+        page.keyboard.type("half a w")
+        page.keyboard.press("Escape")
+        assert page.evaluate("document.activeElement.id") != "search" and "q" not in state_of(page), "Esc leaves the field as it was"
         for key, view in (("c", "changed"), ("o", "overview"), ("a", "about"), ("r", "rollouts")):
             settled(page, lambda key=key: page.keyboard.press(key))
             assert state_of(page)["view"] == view
@@ -206,6 +211,34 @@ def test_keys_walk_rows_tokens_and_views(page, served, run):
         theme = page.evaluate("document.documentElement.dataset.theme ?? ''")
         settled(page, lambda: page.keyboard.press("t"))
         assert page.evaluate("document.documentElement.dataset.theme") != theme
+
+
+def test_a_choice_by_keyboard_keeps_the_focus_and_one_by_pointer_leaves_the_keys_free(page, served, run):
+    with served(Site([Book(run)])) as url:
+        visit(page, url, view="rollouts", step=10)
+        page.locator(".channels button").nth(1).focus()
+        page.keyboard.press("Shift+Tab")
+        page.keyboard.press("Tab")
+        settled(page, lambda: page.keyboard.press("Enter"))
+        assert state_of(page)["channel"] == "push" and page.evaluate("document.activeElement.innerText") == "2 push"
+        page.get_by_label("Sort by").focus()
+        settled(page, lambda: page.keyboard.press("ArrowDown"))
+        assert state_of(page)["sort"] == "reward" and page.evaluate("document.activeElement.ariaLabel") == "Sort by"
+        settled(page, lambda: page.locator(".channels button").nth(2).click())
+        assert page.evaluate("document.activeElement.nodeName") == "BODY"
+
+
+def test_a_group_has_one_legend_and_the_scale_of_its_largest_value(page, served, run):
+    rows = Book(run).rows(10).siblings(4)["rows"]
+    largest = [max(abs(v) for v in r["channels"]["push"] if isinstance(v, float)) for r in rows]
+    assert len(set(largest)) > 1
+    with served(Site([Book(run)])) as url:
+        visit(page, url, view="rollouts", step=10, step_at=10, row=4, channel="push", side="group")
+        assert page.locator(".legend").count() == 1
+        full = [page.locator(".siblings .tokens").nth(k).evaluate("n => [...n.children].some((t) => t.style.getPropertyValue('--strength') === '1.000')") for k in range(len(rows))]  # fmt: skip
+        assert full == [value == max(largest) for value in largest]
+        mine = page.locator(".rollout > .tokens").evaluate("n => [...n.children].map((t) => t.style.getPropertyValue('--strength'))")
+        assert mine == page.locator(".siblings .tokens").first.evaluate("n => [...n.children].map((t) => t.style.getPropertyValue('--strength'))")  # fmt: skip
 
 
 def test_the_address_holds_the_whole_state(page, served, run):
@@ -309,6 +342,32 @@ def test_a_run_that_goes_on_grows_on_the_page(page, served, tmp_path, monkeypatc
         page.wait_for_function("() => document.querySelector('#header').innerText.includes('finished')", timeout=8000)
 
 
+def test_a_zoom_and_the_charts_stay_while_a_run_grows(page, served, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "live", steps=2, running=True)
+    monkeypatch.setattr(Book, "status", lambda book: "running")
+    with served(Site([Book(run)])) as url:
+        visit(page, url, view="overview")
+        box = page.locator(".chart .u-over").first.bounding_box()
+        page.locator(".chart").first.evaluate("n => { n.first = true; }")
+        whole = page.locator(".chart canvas").first.evaluate("n => n.toDataURL()")
+        page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 40)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 40, steps=4)
+        page.mouse.up()
+        picture = lambda: page.locator(".chart canvas").first.evaluate("n => n.toDataURL()")
+        page.wait_for_timeout(100)
+        before = picture()
+        assert before != whole
+        write_metrics(run, range(20, 40))
+        page.wait_for_function("() => document.querySelector('#header').innerText.includes('step 39/100')", timeout=8000)
+        page.wait_for_timeout(100)
+        assert page.locator(".chart").first.evaluate("n => n.first === true"), "the chart that stood still stands"
+        assert picture() == before, "the zoom stays"
+        page.mouse.dblclick(box["x"] + box["width"] * 0.3, box["y"] + 40)
+        page.wait_for_timeout(100)
+        assert picture() not in (before, whole), "what came since is drawn"
+
+
 def test_a_report_opens_from_a_file_without_network(page, run, tmp_path):
     file = tmp_path / "report.html"
     size = write_report(Book(run), file)
@@ -386,6 +445,32 @@ def test_the_first_paint_of_twenty_steps_takes_less_than_a_second(page, served, 
             visit(page, url, view="rollouts")
             times.append(page.evaluate("performance.getEntriesByName('tilt-drawn')[0].startTime"))
         assert sorted(times)[1] < 1000, times
+
+
+def test_an_answer_of_thirty_thousand_tokens_is_read_without_a_long_task(page, served, tmp_path):
+    run = make_run(tmp_path / "long", steps=1, count=4)
+    answers = [a | {"completion": a["completion"] * 1500, "most": 40_000} for a in answers_of(0, 2, 80)]
+    step_file(run / "rollouts", 0, answers)
+    values = Book(run).rows(0).detail(0)["channels"]["push"]
+    assert len(values) > 30_000
+    largest = max(abs(v) for v in values)
+    over = [t for t, v in enumerate(values) if abs(v) >= 0.9 * largest]
+    with served(Site([Book(run)])) as url:
+        page.add_init_script(
+            "window.long = []; new PerformanceObserver((list) => list.getEntries().forEach((e) => window.long.push(e.duration))).observe({ entryTypes: ['longtask'] });"
+        )
+        visit(page, url, view="rollouts", step=0, row=0, step_at=0, channel="push", threshold=0.9)
+        page.wait_for_function("(n) => document.querySelectorAll('.rollout > .tokens .token').length === n", arg=len(values))
+        for wanted in over[:2]:
+            settled(page, lambda: page.keyboard.press("n"))
+            assert int(state_of(page)["token"]) == wanted
+            assert page.locator(".rollout > .tokens .pinned").evaluate(
+                "n => { const b = n.closest('.tokens').getBoundingClientRect(), r = n.getBoundingClientRect(); return r.top >= b.top - 1 && r.bottom <= b.bottom + 1; }"
+            ), "the token is brought into sight"
+        top = page.locator(".rollout > .tokens").evaluate("n => n.scrollTop")
+        settled(page, lambda: page.keyboard.press("Escape"))
+        assert abs(page.locator(".rollout > .tokens").evaluate("n => n.scrollTop") - top) < 2, "the text stays where it is"
+        assert max(page.evaluate("window.long"), default=0) < 400
 
 
 def test_a_hundred_thousand_answers_scroll_without_a_long_task(page, served, tmp_path, monkeypatch):

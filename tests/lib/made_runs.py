@@ -20,16 +20,16 @@ HOSTILE = (
 )  # fmt: skip
 
 
-def cut_into(text: str, size: int = 3) -> list[int]:
-    """Byte offsets of tokens of a few bytes each, and of a stop token without text."""
+def cut_into(text: str, size: int = 3, most: int = 400) -> list[int]:
+    """Byte offsets of tokens of a few bytes each, `most` at most, and of a stop token without text."""
     whole = text.encode("utf-8", "replace")
-    return [*range(0, max(1, len(whole)), max(size, len(whole) // 400 + 1)), len(whole)]
+    return [*range(0, max(1, len(whole)), max(size, len(whole) // most + 1)), len(whole)]
 
 
 def step_file(folder: Path, step: int, answers: Sequence[Mapping[str, Any]], *, seed: int = 0, channels: bool = True) -> Path:
     """One stored step: `answers` have prompt, completion, reward, and what else is known."""
     generator = np.random.default_rng((seed, step))
-    offsets = [cut_into(str(a["completion"]), int(a.get("token", 3))) for a in answers]
+    offsets = [cut_into(str(a["completion"]), int(a.get("token", 3)), int(a.get("most", 400))) for a in answers]
     sizes = [len(o) for o in offsets]
     total = sum(sizes)
     starts = pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))

@@ -56,7 +56,7 @@ function profile(app, positions) {
   requestAnimationFrame(() => {
     if (!box.isConnected) return;
     const chart = new uPlot({ width: Math.max(240, box.clientWidth), height: 180, scales: { x: { time: false } }, cursor: {},
-      axes: [{ stroke: () => css("--quiet"), grid: { stroke: () => css("--grid") }, size: 26 }, { stroke: () => css("--quiet"), grid: { stroke: () => css("--grid") }, size: 56, values: (_, vs) => vs.map((v) => shown(v, 2)) }],
+      axes: [{ stroke: () => css("--quiet"), grid: { stroke: () => css("--grid") }, size: 26 }, { stroke: () => css("--quiet"), grid: { stroke: () => css("--grid") }, size: (_, labels) => Math.max(44, 18 + 7.4 * Math.max(0, ...(labels ?? []).map((l) => l.length))), values: (_, vs) => vs.map((v) => shown(v, 2)) }],
       series: [{ label: "position" }, { label: pickNow, stroke: () => css("--line-1"), width: 1.5, points: { show: true, size: 4 }, value: (_, v) => shown(v) }] }, [x, y], box);
     app.onleave(() => chart.destroy());
   });

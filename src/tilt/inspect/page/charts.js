@@ -23,7 +23,8 @@ export function overview(app) {
   const { curves, other, header, state } = app;
   const place = element("div", { class: "charts" });
   const charts = [];
-  const names = [...curves.columns.keys()].filter((n) => curves.columns.get(n).some((v) => typeof v === "number"));
+  const named = () => [...curves.columns.keys()].filter((n) => curves.columns.get(n).some((v) => typeof v === "number"));
+  const names = named();
   const wanted = GROUPS.map(([title, list, band]) => [title, list.filter((n) => names.includes(n)), band]).filter(([, list]) => list.length);
   for (const name of (state.more ?? "").split("|").filter((n) => names.includes(n))) wanted.push([name, [name]]);
   const sync = uPlot.sync("tilt");
@@ -34,19 +35,24 @@ export function overview(app) {
     const lines = [];
     for (const name of list) lines.push({ name, from: curves });
     if (other) for (const name of list) if (other.curves.columns.has(name)) lines.push({ name, from: other.curves, second: true });
-    const steps = [...new Set(lines.flatMap((l) => l.from.of(l.name).steps))].sort((a, b) => a - b);
+    const banded = band && names.includes(band);
+    const numbers = () => {
+      const read = lines.map((l) => l.from.of(l.name)), steps = [...new Set(read.flatMap((c) => c.steps))].sort((a, b) => a - b);
+      const index = new Map(steps.map((s, i) => [s, i]));
+      const aligned = (curve) => { const row = Array(steps.length).fill(null); curve.steps.forEach((x, i) => { if (index.has(x)) row[index.get(x)] = curve.values[i]; }); return row; };
+      const rows = read.map(aligned);
+      if (!banded) return [steps, ...rows];
+      const spread = aligned(curves.of(band)), edge = (sign) => rows[0].map((m, i) => m === null || spread[i] === null ? null : m + sign * spread[i]);
+      return [steps, ...rows, edge(-1), edge(1)];
+    };
+    const data = numbers(), [steps] = data;
     if (!steps.length) continue;
-    const index = new Map(steps.map((s, i) => [s, i]));
-    const aligned = (from, name) => { const { steps: s, values } = from.of(name), row = Array(steps.length).fill(null); s.forEach((x, i) => { row[index.get(x)] = values[i]; }); return row; };
-    const data = [steps, ...lines.map((l) => aligned(l.from, l.name))];
     const series = [{ label: "step" }, ...lines.map((l, i) => ({
       label: l.second ? `${l.name} · ${app.otherName}` : l.name, stroke: () => css(INK[list.indexOf(l.name) % INK.length]), width: 1.5, spanGaps: true,
       dash: l.second ? [4, 3] : undefined, alpha: l.second ? 0.7 : 1, points: { show: l.name.startsWith("eval/") || steps.length < 3, size: 5 }, value: (_, v) => shown(v),
     }))];
     const bands = [];
-    if (band && names.includes(band)) {
-      const mean = aligned(curves, list[0]), spread = aligned(curves, band);
-      data.push(mean.map((m, i) => m === null || spread[i] === null ? null : m - spread[i]), mean.map((m, i) => m === null || spread[i] === null ? null : m + spread[i]));
+    if (banded) {
       const edge = (label) => ({ label, stroke: "transparent", points: { show: false }, value: (_, v) => shown(v) });
       series.push(edge("mean − std"), edge("mean + std"));
       bands.push({ series: [series.length - 1, series.length - 2], fill: () => css("--band") });
@@ -54,15 +60,19 @@ export function overview(app) {
     box.append(element("figcaption", { text: title }));
     const chart = new uPlot({
       width: 360, height: 168, series, bands, cursor: { sync: { key: sync.key }, drag: { x: true, y: false } },
-      scales: { x: { time: false } }, legend: { live: true },
-      axes: [{ stroke: () => css("--quiet"), grid: { stroke: () => css("--grid") }, size: 26 }, { stroke: () => css("--quiet"), grid: { stroke: () => css("--grid") }, size: 58, values: (_, vs) => vs.map((v) => shown(v, 3)) }],
+      scales: { x: { time: false }, y: { range: span } }, legend: { live: true },
+      axes: [{ stroke: () => css("--quiet"), grid: { stroke: () => css("--grid") }, size: 26 }, { stroke: () => css("--quiet"), grid: { stroke: () => css("--grid") }, size: (_, labels) => Math.max(44, 18 + 7.4 * Math.max(0, ...(labels ?? []).map((l) => l.length))), values: (_, vs) => vs.map((v) => shown(v, 3)) }],
       hooks: { draw: [(u) => drawFlags(u, flags)] },
     }, data, box);
+    // A double click zooms out; so a click waits until it is none.
+    let click;
+    chart.over.addEventListener("dblclick", () => clearTimeout(click));
     chart.over.addEventListener("click", () => {
-      const at = chart.cursor.idx;
-      if (at !== null && at !== undefined && chart.select.width === 0) app.go({ view: "rollouts", step: String(nearest(app.steps, steps[at])), row: "0" });
+      const at = chart.cursor.idx, step = chart.data[0][at];
+      clearTimeout(click);
+      if (step !== undefined && chart.select.width === 0) click = setTimeout(() => { if (box.isConnected) app.go({ view: "rollouts", step: String(nearest(app.steps, step)), row: "0" }); }, 300);
     });
-    charts.push({ chart, box });
+    charts.push({ chart, box, numbers });
     place.append(box);
   }
   const more = choice("Add a metric", [["", "add a metric …"], ...names.filter((n) => !wanted.some(([, l]) => l.includes(n))).map((n) => [n, n])], "", (name) => {
@@ -76,9 +86,26 @@ export function overview(app) {
   requestAnimationFrame(fit);
   const watch = new ResizeObserver(() => requestAnimationFrame(fit));
   watch.observe(place);
-  app.onleave(() => { watch.disconnect(); charts.forEach(({ chart }) => chart.destroy()); });
+  // What came since is drawn into the charts that stand, and a zoom stays; false where other charts or flags are wanted.
+  app.grow = () => {
+    if (named().length !== names.length || (app.header.alerts ?? []).filter((a) => a.step !== null).length !== flags.length) return false;
+    for (const { chart, numbers } of charts) {
+      const { min, max } = chart.scales.x, zoomed = min > chart.data[0][0] || max < chart.data[0].at(-1);
+      chart.setData(numbers(), !zoomed);
+      if (zoomed) chart.setScale("x", { min, max });
+    }
+    return true;
+  };
+  app.onleave(() => { app.grow = null; watch.disconnect(); charts.forEach(({ chart }) => chart.destroy()); });
   say(`${charts.length} charts`);
   return view;
+}
+
+// The range of an axis: a curve that never moves is given room, one that is nothing lies between 0 and 1.
+function span(u, low, high) {
+  if (low === null || low === undefined) return [0, 1];
+  if (low === high) return low === 0 ? [0, 1] : [low - Math.abs(low) / 10, high + Math.abs(high) / 10];
+  return uPlot.rangeNum(low, high, 0.1, true);
 }
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -102,8 +129,8 @@ export function nearest(steps, wanted) {
   return best;
 }
 
-// A strip under the text: one bar a token, drawn on a canvas; a second channel as a line.
-export function strip(title, values, at, pick, second = null) {
+// A strip under the text: one bar a token from `base` on (1 for ratios), drawn on a canvas; a second channel as a line.
+export function strip(title, values, at, pick, { second = null, base = 0 } = {}) {
   const canvas = element("canvas", { class: "strip", role: "img", "aria-label": `${title} by position` });
   const draw = () => {
     const width = canvas.clientWidth, height = canvas.clientHeight, scale = devicePixelRatio || 1;
@@ -111,14 +138,14 @@ export function strip(title, values, at, pick, second = null) {
     canvas.width = width * scale; canvas.height = height * scale;
     const c = canvas.getContext("2d");
     c.scale(scale, scale);
-    const known = [...values, ...(second ?? [])].filter((v) => typeof v === "number");
-    const high = Math.max(0, ...known), low = Math.min(0, ...known), span = high - low || 1;
+    const up = css("--up"), down = css("--down"), known = [...values, ...(second ?? [])].filter((v) => typeof v === "number");
+    const high = known.reduce((a, b) => Math.max(a, b), base), low = known.reduce((a, b) => Math.min(a, b), base), span = high - low || 1;
     const y = (v) => 4 + ((high - v) / span) * (height - 8), step = width / Math.max(1, values.length);
-    c.fillStyle = css("--grid"); c.fillRect(0, y(0), width, 1);
+    c.fillStyle = css("--grid"); c.fillRect(0, y(base), width, 1);
     values.forEach((v, i) => {
       if (typeof v !== "number") return;
-      c.fillStyle = css(v >= 0 ? "--up" : "--down");
-      c.fillRect(i * step, Math.min(y(v), y(0)), Math.max(0.75, step - (step > 3 ? 1 : 0)), Math.max(1, Math.abs(y(v) - y(0))));
+      c.fillStyle = v >= base ? up : down;
+      c.fillRect(i * step, Math.min(y(v), y(base)), Math.max(0.75, step - (step > 3 ? 1 : 0)), Math.max(1, Math.abs(y(v) - y(base))));
     });
     if (second) { c.strokeStyle = css("--line-2"); c.lineWidth = 1.5; c.beginPath(); second.forEach((v, i) => { if (typeof v === "number") c.lineTo((i + 0.5) * step, y(v)); }); c.stroke(); }
     if (at !== null) { c.strokeStyle = css("--ink"); c.strokeRect(at * step, 1, Math.max(2, step), height - 2); }

@@ -1,7 +1,7 @@
 // Two checkpoints on the same texts: what changed most, token by token.
 import { element, button, choice, shown, visible, inert, finite, table } from "tilt/parts";
 import { scaleOf, legend } from "tilt/colour";
-import { tokensView } from "tilt/rollout";
+import { tokensView, tokenText } from "tilt/rollout";
 import { strip } from "tilt/charts";
 import { changedParts } from "tilt/changes";
 
@@ -24,7 +24,7 @@ export async function compareView(app) {
     (found.notes ?? []).map((n) => element("p", { class: "quiet", text: inert(n, 500) })),
     element("dl", { class: "summary" }, Object.entries(found.summary ?? {}).flatMap(([k, v]) => [element("dt", { text: k.replaceAll("_", " ") }), element("dd", { text: shown(v) })])));
   const ranked = element("section", { class: "panel" }, element("h3", { text: "What changed most" }), found.ranked.length ? element("ol", { class: "ranked" }, found.ranked.slice(0, 40).map((r) =>
-    element("li", {}, button(`text ${r.text}, token ${r.position}`, () => app.go({ text: String(r.text), token: String(r.position) }), { class: "link" }), ` ${shown(r.score)} nats `, element("code", { text: visible(found.texts[r.text].tokens[r.position] ?? "") }), element("span", { class: "quiet", text: ` ${inert(r.reason ?? "", 300)}` })))) : "Nothing changed: every probability is the same.");
+    element("li", {}, button(`text ${r.text}, token ${r.position}`, () => app.go({ text: String(r.text), token: String(r.position) }), { class: "link" }), ` ${shown(r.score)} nats `, element("code", { text: tokenText(found.texts[r.text], r.position) || "∅" }), element("span", { class: "quiet", text: ` ${inert(r.reason ?? "", 300)}` })))) : "Nothing changed: every probability is the same.");
   const as = text ? { ...text, mask: text.mask ?? [], ids: text.ids ?? [], bytes: text.bytes ?? [], step: 0, row: at } : null;
   const reading = element("section", { class: "panel wide" }, element("div", { class: "bar" }, element("h3", { text: `text ${at}` }),
     button("←", () => app.go({ text: String(Math.max(0, at - 1)), token: null }), { "aria-label": "previous text" }), button("→", () => app.go({ text: String(Math.min(found.texts.length - 1, at + 1)), token: null }), { "aria-label": "next text" }),
@@ -45,7 +45,7 @@ export async function compareView(app) {
 
 function card(r, t, names) {
   const tops = ["a", "b"].filter((w) => r.top?.[w]?.[t]);
-  return element("div", { class: "card" }, element("div", { class: "card-head" }, element("b", { text: visible(r.tokens[t] ?? "") || "∅" }), element("span", { class: "quiet", text: ` place ${t}` })),
+  return element("div", { class: "card" }, element("div", { class: "card-head" }, element("b", { text: tokenText(r, t) || "∅" }), element("span", { class: "quiet", text: ` place ${t}` })),
     element("div", { class: "card-grid" }, names.flatMap((n) => [element("span", { class: "quiet", text: CHANNELS[n][0] }), element("span", { text: shown(r.channels[n]?.[t], 4) })])),
     tops.length ? element("div", { class: "bar top-pair" }, tops.map((w) => table([{ text: `likeliest in ${w}` }, { text: "p", class: "n" }], r.top[w][t].map(([text, log]) => [visible(text), finite(log) ? `${shown(100 * Math.exp(log), 3)} %` : "–"])))) : null);
 }

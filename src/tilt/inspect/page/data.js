@@ -87,15 +87,17 @@ export function firstDifference(a, b) {
   return mine.length === other.length ? null : length;
 }
 
-export function openSource() {
-  const embedded = document.getElementById("embedded");
-  return embedded ? new EmbeddedSource(JSON.parse(embedded.textContent)) : new ServerSource();
+let written;
+
+// What was written into the page, read once; null where a server answers.
+function embedded() {
+  if (written === undefined) written = JSON.parse(document.getElementById("embedded")?.textContent ?? "null");
+  return written;
 }
 
-export function report() {
-  const embedded = document.getElementById("embedded");
-  return embedded ? JSON.parse(embedded.textContent).report ?? null : null;
-}
+export function openSource() { return embedded() ? new EmbeddedSource(embedded()) : new ServerSource(); }
+
+export function report() { return embedded()?.report ?? null; }
 
 // Curves that grow: asks for what is new and joins it.
 export class Curves {

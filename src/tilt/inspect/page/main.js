@@ -10,11 +10,11 @@ import { aboutView, beforeAfter } from "tilt/about";
 
 const VIEWS = [["overview", "Overview", "o"], ["rollouts", "Rollouts", "r"], ["changed", "What changed", "c"], ["compare", "Compare", "m"], ["about", "About", "a"]];
 const PRIVATE = new Set(["theme"]);
-const KEYS = [["j k", "next, previous answer"], ["n p, → ←", "next, previous token over the threshold"], ["1 – 9", "channel"], ["/", "search"], ["g", "answers of the group"], ["s", "same prompt over the steps"], ["o r c m a", "overview, rollouts, what changed, compare, about"],
+const KEYS = [["j k", "next, previous answer; ↓ ↑ in the list"], ["n p, → ←", "next, previous token over the threshold"], ["1 – 9", "channel"], ["/", "search"], ["g", "answers of the group"], ["s", "same prompt over the steps"], ["o r c m a", "overview, rollouts, what changed, compare, about"],
   ["t", "light, dark"], ["i", "token ids"], ["?", "these keys"], ["Esc", "close; let go of a token or filter"]];
 
 export const app = {
-  source: null, runs: [], comparisons: [], run: "0", header: null, steps: [], curves: null, other: null, otherName: "", state: {}, current: null, leaving: [], listing: null, entries: [],
+  source: null, runs: [], comparisons: [], run: "0", header: null, steps: [], curves: null, other: null, otherName: "", state: {}, current: null, leaving: [], listing: null, entries: [], kept: null, grow: null, late: false,
   go, pick, hover, hoverNode, unhover, nextToken, onleave: (act) => app.leaving.push(act),
 };
 
@@ -38,6 +38,19 @@ function pick(step, row, more = {}) { return go({ step_at: String(step), row: St
 
 let drawing = 0;
 
+// A redraw makes all elements anew: the one that stands for what had the keyboard's focus gets it again. A choice by the pointer does not hold it, so that the keys go on.
+function keepFocus(redraw) {
+  const node = document.activeElement, root = node?.closest("#header, #tabs, #main");
+  if (!root || node === root || !node.matches(":focus-visible")) return redraw();
+  const called = (n) => n.id || n.getAttribute("aria-label") || n.textContent;
+  const all = [...root.querySelectorAll(node.localName)], at = all.indexOf(node), name = called(node), same = all.filter((n) => called(n) === name).indexOf(node);
+  redraw();
+  if (node.isConnected) return undefined;
+  const now = [...root.querySelectorAll(node.localName)];
+  (now.filter((n) => called(n) === name)[same] ?? (now.length === all.length ? now[at] : null))?.focus({ preventScroll: true });
+  return undefined;
+}
+
 async function draw() {
   const turn = ++drawing, before = app.state;
   app.state = readState();
@@ -49,7 +62,7 @@ async function draw() {
     if (state.with !== undefined && state.with !== app.run) { if (app.other?.id !== state.with) await openOther(state.with); } else app.other = null;
   } catch (error) { fail(error); return; }
   if (turn !== drawing) return;
-  drawHeader();
+  keepFocus(drawHeader);
   const main = document.getElementById("main");
   const stay = before.view === state.view && before.run === state.run;
   let made;
@@ -65,9 +78,7 @@ async function draw() {
   if (turn !== drawing || made === null) { app.leaving = [...left, ...app.leaving]; return; }
   for (const act of left) act();
   const scroll = stay ? window.scrollY : 0;
-  main.replaceChildren(made);
-  window.scrollTo(0, scroll);
-  made.dispatchEvent(new Event("shown"));
+  keepFocus(() => { main.replaceChildren(made); window.scrollTo(0, scroll); made.dispatchEvent(new Event("shown")); });
   performance.mark("tilt-drawn");
   document.documentElement.dataset.drawn = String(turn);
 }
@@ -90,16 +101,20 @@ async function openOther(run) {
   app.otherName = app.runs[Number(run)]?.name ?? "other";
 }
 
+function statusMark() {
+  const { header } = app, live = header.status === "running" && app.source.live;
+  return element("span", { class: `status ${header.status}`, title: header.status }, element("i", { "aria-hidden": "true" }), `${live ? "live" : header.status}${header.step !== null ? ` · step ${header.step}${header.steps ? `/${header.steps}` : ""}` : ""}`);
+}
+
 function drawHeader() {
   const { header, state, runs } = app;
-  const live = header.status === "running" && app.source.live;
   const runChoice = runs.length > 1 ? choice("Run", runs.map((r) => [String(r.id), r.name]), app.run, (v) => go({ run: v, step: null, step_at: null, row: null, token: null, more: null, with: null })) : element("b", { text: header.name });
   const others = runs.filter((r) => String(r.id) !== app.run);
   document.getElementById("header").replaceChildren(...[
     element("span", { class: "brand", text: "tilt" }), runChoice,
-    element("span", { class: "facts" }, [header.algorithm, header.model, header.task].filter(Boolean).map((t) => element("span", { text: inert(t, 60) }))),
-    element("span", { class: `status ${header.status}`, title: header.status }, element("i", { "aria-hidden": "true" }), `${live ? "live" : header.status}${header.step !== null ? ` · step ${header.step}${header.steps ? `/${header.steps}` : ""}` : ""}`),
-    element("span", { class: "quiet", text: [header.seed !== null && header.seed !== undefined ? `seed ${header.seed}` : "", header.commit ?? ""].filter(Boolean).join(" · ") }),
+    element("span", { class: "facts" }, [header.algorithm, header.model, header.task].filter(Boolean).map((t) => element("span", { text: inert(t, 60), title: inert(t, 500) }))),
+    statusMark(),
+    element("span", { class: "quiet", title: header.commit, text: [header.seed !== null && header.seed !== undefined ? `seed ${header.seed}` : "", (header.commit ?? "").slice(0, 7)].filter(Boolean).join(" · ") }),
     element("span", { class: "space" }),
     others.length ? choice("Compare with", [["", "compare with …"], ...others.map((r) => [String(r.id), r.name])], state.with ?? "", (v) => go({ with: v || null })) : null,
     button("save view", save, { title: "this view as one HTML file without scripts" }), button("◐", turnTheme, { "aria-label": "light or dark" }), button("?", help, { "aria-label": "keys" })].filter(Boolean));
@@ -125,11 +140,16 @@ async function rolloutsPage(turn) {
     const first = entries[0];
     if (first) { state.step_at = String(first[0]); state.row = String(app.listing.steps.get(first[0]).row[first[1]]); }
   }
+  app.late = false;
   const list = listView(app, app.listing, entries, total);
   const detail = state.row !== undefined && state.step_at !== undefined ? await rolloutView(app, Number(state.step_at), Number(state.row)) : element("p", { class: "quiet", text: "No answer passes the filters." });
   const page = element("div", { class: "rollouts" }, element("div", { class: "left" }, filterBar(app, app.listing), damaged.map((d) => element("p", { class: "warn", text: inert(d) })), list.node), detail);
-  const scroll = document.querySelector(".rows")?.scrollTop ?? 0;
-  page.addEventListener("shown", () => { page.querySelector(".rows").scrollTop = scroll; list.redraw(); list.reveal(); });
+  const scroll = document.querySelector(".rows")?.scrollTop ?? 0, tokens = app.kept?.box, read = Number(tokens?.dataset.at ?? 0);
+  page.addEventListener("shown", () => {
+    page.querySelector(".rows").scrollTop = scroll;
+    list.redraw(); list.reveal();
+    if (tokens) { tokens.scrollTop = read; tokens.reveal?.(); }
+  });
   return page;
 }
 
@@ -169,7 +189,11 @@ function onkey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.nodeName) && event.target.type !== "range";
   if (event.key === "Escape") {
-    if (typing) event.target.blur();
+    if (typing) {
+      event.preventDefault();
+      if (event.target.nodeName === "INPUT") event.target.value = event.target.defaultValue;
+      event.target.blur();
+    }
     else if (app.state.token !== undefined) go({ token: null });
     else if (app.state.q !== undefined) go({ q: null });
     unhover();
@@ -178,7 +202,9 @@ function onkey(event) {
   if (typing) return;
   const { state } = app, rollouts = state.view === "rollouts";
   const arrows = event.target.type !== "range" && (rollouts || state.view === "compare");
+  const inList = rollouts && Boolean(event.target.closest?.(".rows"));
   const act = {
+    ArrowDown: inList ? () => move(1) : undefined, ArrowUp: inList ? () => move(-1) : undefined,
     j: () => rollouts && move(1), k: () => rollouts && move(-1), n: () => nextToken(1), p: () => nextToken(-1), ArrowRight: () => arrows && nextToken(1), ArrowLeft: () => arrows && nextToken(-1),
     "/": () => { if (rollouts) document.getElementById("search").focus(); else go({ view: "rollouts" }).then?.(() => document.getElementById("search")?.focus()); },
     g: () => rollouts && go({ side: state.side === "group" ? null : "group" }), s: () => rollouts && go({ side: state.side === "same" ? null : "same" }), i: () => go({ ids: state.ids === "1" ? null : "1" }),
@@ -215,9 +241,12 @@ async function follow() {
   if (!app.source.live || document.hidden || !app.header || app.header.status !== "running") return;
   try {
     const [grown, header, steps] = await Promise.all([app.curves.read(), app.source.header(app.run), app.source.steps(app.run)]);
-    const fresh = steps.length !== app.steps.length, ended = header.status !== app.header.status || header.step !== app.header.step;
+    app.late ||= steps.length !== app.steps.length;
+    const ended = header.status !== app.header.status;
     Object.assign(app, { header, steps });
-    if ((grown || ended) && app.state.view === "overview") draw(); else if (fresh && app.state.view === "rollouts" && !document.activeElement?.closest?.(".filters")) draw(); else if (ended) drawHeader();
+    document.querySelector("#header .status")?.replaceWith(statusMark());
+    if (app.state.view === "overview") { if ((grown || ended) && !app.grow?.()) draw(); }
+    else if (app.late && app.state.view === "rollouts" && !document.activeElement?.matches("select, input")) draw();
   } catch { /* the server is gone, or the run is being moved: the next turn tells */ }
 }
 
@@ -231,7 +260,7 @@ export async function start() {
   addEventListener("hashchange", draw);
   addEventListener("popstate", draw);
   addEventListener("keydown", onkey);
-  addEventListener("scroll", unhover, { passive: true });
+  addEventListener("scroll", unhover, { passive: true, capture: true });
   if (!app.runs.length && app.comparisons.length) { app.header = { name: "comparison", status: "finished", channels: {}, notes: [], alerts: [], step: null }; app.curves = new Curves(app.source, "0"); if (!readState().view) history.replaceState(null, "", "#view=compare"); }
   await draw();
   setInterval(follow, 2000);

@@ -3,13 +3,14 @@ import { element, button, choice, shown, inert, visible, finite, say, table, dow
 import { scaleOf, paint, legend } from "tilt/colour";
 import { strip } from "tilt/charts";
 
-const CHUNK = 1500;
+const CHUNK = 600;
 
 // The text of tokens for people: a token that ends inside a character is drawn as its bytes.
 export function tokenText(r, t) {
-  return r.tokens[t] !== null ? visible(r.tokens[t]) : `⟨${r.bytes[t]}⟩`;
+  return r.tokens[t] !== null && r.tokens[t] !== undefined ? visible(r.tokens[t]) : r.bytes?.[t] ? `⟨${r.bytes[t]}⟩` : "";
 }
 
+// A long answer is drawn in chunks, each a block of its own that is laid out only near the screen. `renew` changes what is pinned or marked without drawing anew.
 export function tokensView(app, r, { channel, scale, pinned = null, threshold = null, mark = null, onpick = () => {} }) {
   const values = r.channels[channel] ?? [];
   const box = element("div", { class: `tokens${app.state.ids === "1" ? " with-ids" : ""}`, lang: "und", dir: "auto" });
@@ -26,21 +27,35 @@ export function tokensView(app, r, { channel, scale, pinned = null, threshold = 
     paint(node, values[t], scale);
     const clip = r.channels.clip?.[t];
     if (clip === 1 || clip === -1) node.classList.add("clipped");
-    if (t === pinned) node.classList.add("pinned");
     if (t === mark) node.classList.add("parting");
-    if (threshold !== null && finite(values[t]) && Math.abs(values[t]) >= threshold) node.classList.add("over");
+    dress(node, t);
     return node;
   };
-  let done = 0;
+  const dress = (node, t) => {
+    node.classList.toggle("pinned", t === pinned);
+    node.classList.toggle("over", threshold !== null && finite(values[t]) && Math.abs(values[t]) >= threshold);
+  };
+  const nodes = [];
   const more = () => {
-    const part = document.createDocumentFragment(), end = Math.min(r.tokens.length, done + CHUNK);
-    for (; done < end; done++) part.append(token(done));
-    box.append(part);
-    if (done < r.tokens.length) setTimeout(more);
+    const from = nodes.length, end = Math.min(r.tokens.length, from + CHUNK);
+    for (let t = from; t < end; t++) nodes.push(token(t));
+    const part = r.tokens.length > CHUNK ? element("div", { class: "chunk" }) : box;
+    part.append(...nodes.slice(from));
+    if (part !== box) box.append(part);
+    if (pinned !== null && pinned >= from && pinned < end && box.isConnected) box.reveal();
+    if (end < r.tokens.length) setTimeout(more);
+  };
+  box.renew = (now) => { ({ pinned, threshold } = now); nodes.forEach(dress); };
+  box.reveal = () => {
+    const node = nodes[pinned];
+    if (!node) return;
+    const inner = box.getBoundingClientRect(), at = node.getBoundingClientRect();
+    if (at.top < inner.top || at.bottom > inner.bottom) node.scrollIntoView({ block: "nearest", inline: "nearest" });
   };
   more();
   const at = (e) => { const node = e.target.closest?.(".token"); return node ? Number(node.dataset.t) : null; };
   box.addEventListener("mouseover", (e) => { const t = at(e); if (t !== null) app.hover(e, r, t); });
+  box.addEventListener("scroll", () => { box.dataset.at = String(box.scrollTop); }, { passive: true });
   box.addEventListener("mouseleave", () => app.unhover());
   box.addEventListener("click", (e) => { const t = at(e); if (t !== null) onpick(t); });
   return box;
@@ -65,7 +80,8 @@ export async function rolloutView(app, step, row) {
   const names = Object.keys(header.channels).filter((n) => r.channels[n]);
   const channel = names.includes(state.channel) ? state.channel : names.includes("delta_ref") && r.channels.delta_ref.some(finite) ? "delta_ref" : names[0] ?? "";
   const about = header.channels[channel] ?? { title: "no channel", kind: "diverging", unit: "" };
-  const scale = scaleOf(about.kind, [r.channels[channel]]);
+  const group = state.side === "group" ? await source.siblings(run, step, row) : null;
+  const scale = scaleOf(about.kind, [r, ...group?.rows ?? []].map((one) => one.channels[channel]));
   app.current = { r, channel, names };
   const values = r.channels[channel] ?? [];
   const largest = Math.max(0, ...values.filter(finite).map(Math.abs));
@@ -95,31 +111,33 @@ export async function rolloutView(app, step, row) {
   }
   if (names.length) view.append(element("div", { class: "bar channels", role: "radiogroup", "aria-label": "Channel" }, names.map((name, i) =>
     button(`${i < 9 ? `${i + 1} ` : ""}${header.channels[name].title}`, () => app.go({ channel: name }), { role: "radio", "aria-checked": name === channel, class: name === channel ? "on" : "", title: header.channels[name].about }))),
-    element("div", { class: "bar" }, legend(about.title, scale, about.unit), element("label", { class: "quiet" }, "threshold ",
+    element("div", { class: "bar" }, legend(group ? `${about.title}, one scale` : about.title, scale, about.unit), element("label", { class: "quiet" }, "threshold ",
       element("input", { type: "range", min: "0", max: "1", step: "0.05", value: share, "aria-label": "Threshold as a share of the largest", onchange: (e) => app.go({ threshold: e.target.value }) }), ` ${shown(threshold, 2)}`),
       button("← p", () => app.nextToken(-1), { title: "previous token over the threshold" }), button("n →", () => app.nextToken(1), { title: "next token over the threshold" }),
       button("ids", () => app.go({ ids: state.ids === "1" ? null : "1" }), { "aria-pressed": state.ids === "1" })));
   else view.append(element("p", { class: "quiet", text: "No channels are stored for this answer." }));
-  view.append(tokensView(app, r, { channel, scale, pinned, threshold, onpick: (t) => app.go({ token: t === pinned ? null : String(t) }) }));
+  const key = JSON.stringify([run, step, row, channel, scale, state.ids]);
+  if (app.kept?.r === r && app.kept.key === key) app.kept.box.renew({ pinned, threshold });
+  else app.kept = { r, key, box: tokensView(app, r, { channel, scale, pinned, threshold, onpick: (t) => app.go({ token: String(t) === app.state.token ? null : String(t) }) }) };
+  view.append(app.kept.box);
   if (values.length) {
     const both = channel === "value" || channel === "return";
-    view.append(strip(both ? "value and return" : about.title, both ? r.channels.value ?? values : values, pinned, (t) => app.go({ token: String(t) }), both ? r.channels.return ?? null : null));
+    view.append(strip(both ? "value and return" : about.title, both ? r.channels.value ?? values : values, pinned, (t) => app.go({ token: String(t) }), { second: both ? r.channels.return ?? null : null, base: about.kind === "ratio" ? 1 : 0 }));
   }
   if (pinned !== null && pinned < r.tokens.length) view.append(element("section", { class: "pinned-card", "aria-label": "Pinned token" }, tokenCard(app, r, pinned)));
   const tabs = element("div", { class: "bar" }, button("group (g)", () => app.go({ side: state.side === "group" ? null : "group" }), { "aria-pressed": state.side === "group" }),
     button("same prompt over the steps (s)", () => app.go({ side: state.side === "same" ? null : "same" }), { "aria-pressed": state.side === "same" }));
   view.append(tabs);
-  if (state.side === "group") view.append(await groupView(app, step, row, channel, about));
+  if (group) view.append(groupView(app, group, channel, scale));
   if (state.side === "same") view.append(await sameView(app, step, row));
   return view;
 }
 
 const sum = (values) => values.reduce((a, v) => a + (finite(v) ? v : 0), 0);
 
-async function groupView(app, step, row, channel, about) {
-  const { rows, divergence } = await app.source.siblings(app.run, step, row);
-  const scale = scaleOf(about.kind, rows.map((r) => r.channels[channel]));
-  return element("section", { class: "group", "aria-label": "Answers to the same prompt" }, legend(`${about.title}, one scale for all`, scale, about.unit),
+// The answers to one prompt, on the scale of the answer above them.
+function groupView(app, { rows, divergence }, channel, scale) {
+  return element("section", { class: "group", "aria-label": "Answers to the same prompt" },
     element("div", { class: "siblings" }, rows.map((r, k) => element("article", { class: k === 0 ? "chosen" : "" },
       element("div", { class: "bar" }, button(`answer ${r.row}${r.role ? `, ${r.role}` : ""}`, () => app.pick(r.step, r.row), { class: "link" }), element("b", { text: shown(r.reward) }), element("span", { class: "quiet", text: `A ${shown(r.advantage, 2)}` }),
         element("span", { class: "quiet", text: k === 0 ? "" : divergence[k] === null ? "the same" : `parts at ${divergence[k]}` })),
