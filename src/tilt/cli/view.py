@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import webbrowser
@@ -16,8 +17,8 @@ from tilt.inspect.server import Site, serve
 FORMAT = "tilt comparison 1"
 
 
-def opened(paths: Sequence[str]) -> tuple[list[Book], list[dict[str, Any]]]:
-    """Runs and comparisons at these paths; a log of another trainer is read into a run's format first."""
+def opened(paths: Sequence[str], growing: list[Path] | None = None) -> tuple[list[Book], list[dict[str, Any]]]:
+    """Runs and comparisons at these paths; a log of another trainer is read into a run's format first. Folders that may come to hold more runs join `growing`."""
     found: list[Book] = []
     comparisons: list[dict[str, Any]] = []
     for text in paths:
@@ -32,6 +33,8 @@ def opened(paths: Sequence[str]) -> tuple[list[Book], list[dict[str, Any]]]:
         from tilt.inspect.imports import detected, imported
 
         own = path.is_dir() and detected(path) is None
+        if own and growing is not None:
+            growing.append(path)
         found += books(path) if own else [Book(imported(path), path.name)]
     return found, comparisons
 
@@ -47,8 +50,9 @@ def comparison_at(path: Path) -> dict[str, Any] | None:
 
 def view(paths: Sequence[str], *, host: str, port: int | None, browser: bool) -> None:
     """Serve until interrupted."""
-    runs, comparisons = opened(paths)
-    server = serve(Site(runs, comparisons), host=host, port=port)
+    growing: list[Path] = []
+    runs, comparisons = opened(paths, growing)
+    server = serve(Site(runs, comparisons, lambda: since(growing)), host=host, port=port)
     print(
         f"{server.url}   ({len(runs)} run{'s' * (len(runs) != 1)}{f', {len(comparisons)} comparisons' if comparisons else ''}; Ctrl-C ends)",
         flush=True,
@@ -61,6 +65,15 @@ def view(paths: Sequence[str], *, host: str, port: int | None, browser: bool) ->
         print()
     finally:
         server.server_close()
+
+
+def since(places: Sequence[Path]) -> list[Book]:
+    """The runs that these folders hold now; none where a folder is gone."""
+    found = []
+    for place in places:
+        with contextlib.suppress(DataError, OSError):
+            found += books(place)
+    return found
 
 
 def only(paths: Sequence[str]) -> Book:

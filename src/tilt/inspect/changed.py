@@ -135,10 +135,11 @@ def changed(table: pa.Table, *, classes: Classes = kind_of, step: int = 0) -> di
         if name not in found
     ]
     kinds = [classes(text) for text in tokens.text]
+    flags = collapses(rows, tokens)
     return {
         "tokens": by_token(tokens.text, kinds, found), "positions": by_position(tokens.place, found), "entropy": by_entropy(found),
         "scatter": scatter(tokens.text, found), "confident": confident(found), "classes": by_class(kinds, found),
-        "collapse": collapses(rows, tokens), "missing": missing, "count": tokens.count,
+        "collapse": flags[:FLAGS], "flags": len(flags), "missing": missing, "count": tokens.count,
     }  # fmt: skip
 
 
@@ -291,12 +292,48 @@ def repeats_from(items: Sequence[str], *, times: int = 4) -> int | None:
     return best
 
 
+FLAGS = 200
+APART = ("repetition", "away from the reference")
+FEWEST, UNLIKELY, AWAY = 8, -4.0, 2.0
+
+
+def strays_from(reference: Floats, delta: Floats) -> int | None:
+    """Where the tail of an answer leaves the reference: the place that parts likely from unlikely tokens best (largest sum of squares between the two means of
+    log π_ref), where 8 tokens or more follow, on average at most e⁻⁴ likely to the reference and e² times likelier to the policy. −1 −1 −9 … −9 → 2."""
+    count = len(reference)
+    if count < FEWEST or np.isnan(reference).any() or np.isnan(delta).any():
+        return None
+    reference = np.maximum(reference.astype(np.float64), -50.0)
+    head = np.arange(count - FEWEST + 1)
+    before = np.concatenate([[0.0], np.cumsum(reference)])
+    tail = (before[-1] - before[head]) / (count - head)
+    front = before[head] / np.maximum(head, 1)
+    start = int(np.argmax(np.where(front > tail, head * (count - head) * (front - tail) ** 2, 0.0)))
+    return start if tail[start] <= UNLIKELY and float(np.minimum(delta[start:], 50.0).mean()) >= AWAY else None
+
+
+def _strays(tokens: Tokens) -> dict[int, int]:
+    """By row the place where it leaves the reference, for the rows that do."""
+    reference, delta = tokens.channel("reference_logprobs"), tokens.channel("delta_ref")
+    if reference is None or delta is None or not tokens.count:
+        return {}
+    edges = np.flatnonzero(np.diff(tokens.row)) + 1
+    found = {}
+    for a, b in zip([0, *edges.tolist()], [*edges.tolist(), tokens.count], strict=True):
+        if (start := strays_from(reference[a:b], delta[a:b])) is not None:
+            found[int(tokens.row[a])] = start
+    return found
+
+
 def collapses(rows: Rows, tokens: Tokens) -> list[dict[str, Any]]:
-    """Answers that have come apart: the token from which the tail repeats itself, no stop, and texts that are no text."""
+    """Answers that have come apart: the token from which the tail repeats itself, or is nothing the reference would say, no stop, and texts that are no text."""
     found: list[dict[str, Any]] = []
     by_row: dict[int, list[str]] = {}
-    for text, row in zip(tokens.text, tokens.row.tolist(), strict=True):
+    places: dict[int, list[int]] = {}
+    for text, row, place in zip(tokens.text, tokens.row.tolist(), tokens.place.tolist(), strict=True):
         by_row.setdefault(row, []).append(text)
+        places.setdefault(row, []).append(place)
+    strays = _strays(tokens)
     finish = rows.plain("finish_reason")
     for i, completion in enumerate(rows.completions):
         items = by_row.get(i) or list(completion)
@@ -310,8 +347,17 @@ def collapses(rows: Rows, tokens: Tokens) -> list[dict[str, Any]]:
                 {
                     "name": "repetition",
                     "row": i,
-                    "position": start if by_row.get(i) else None,
+                    "position": places[i][start] if by_row.get(i) else None,
                     "text": f"repeats itself from here on; before it: {cut(head, 120)!r}",
+                }
+            )
+        elif i in strays:
+            found.append(
+                {
+                    "name": "away from the reference",
+                    "row": i,
+                    "position": places[i][strays[i]],
+                    "text": f"from here on the reference finds it incredible; before it: {cut(''.join(by_row[i][: strays[i]]), 120)!r}",
                 }
             )
         elif finish[i] == "length":
@@ -327,16 +373,16 @@ def collapses(rows: Rows, tokens: Tokens) -> list[dict[str, Any]]:
                     "text": f"{completion.count(chr(0xFFFD))} characters are no valid text",
                 }
             )
-    return found[:200]
+    return found
 
 
 def collapse_over(steps: Iterable[tuple[int, pa.Table]], *, share: float = 0.25) -> dict[str, Any] | None:
-    """Where a run's answers begin to come apart: the first stored step in which a quarter of the answers repeat themselves (and keep doing so in the next), the median
-    token at which they do, and the intact head of one of them."""
+    """Where a run's answers begin to come apart: the first stored step in which a quarter of the answers repeat themselves or leave the reference (and keep doing so
+    in the next), the median token at which they do, and the intact head of one of them."""
     seen: list[tuple[int, float, list[dict[str, Any]]]] = []
     for number_, table in steps:
         rows = Rows(table, number_)
-        bad = [flag for flag in collapses(rows, Tokens(rows)) if flag["name"] == "repetition"]
+        bad = [flag for flag in collapses(rows, Tokens(rows)) if flag["name"] in APART]
         seen.append((number_, len(bad) / max(1, rows.count), bad))
     for k, (step, part, bad) in enumerate(seen):
         after = seen[k + 1][1] if k + 1 < len(seen) else part

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
+from threading import Lock
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -40,10 +41,13 @@ ASSETS = {"/": "index.html", "/page/style.css": "style.css", "/page/uPlot.js": "
 
 
 class Site:
-    """What is shown: runs, and comparisons of checkpoints."""
+    """What is shown: runs, and comparisons of checkpoints. `again` looks for runs once more: a new one joins the end, so that numbers stay."""
 
-    def __init__(self, books: Sequence[Book], comparisons: Sequence[Mapping[str, Any]] = ()) -> None:
-        self.books, self.comparisons = list(books), list(comparisons)
+    def __init__(
+        self, books: Sequence[Book], comparisons: Sequence[Mapping[str, Any]] = (), again: Callable[[], Sequence[Book]] | None = None
+    ) -> None:
+        self.books, self.comparisons, self.again = list(books), list(comparisons), again
+        self._lock = Lock()
 
     def answer(self, path: str, query: Mapping[str, str]) -> Any:
         """The JSON of an address under /api; a UsageError where there is none."""
@@ -58,7 +62,11 @@ class Site:
         raise UsageError(f"nothing at {path}")
 
     def listing(self) -> dict[str, Any]:
-        """The runs and comparisons by name."""
+        """The runs and comparisons by name, with the runs that began since."""
+        if self.again is not None:
+            with self._lock:
+                known = {book.path for book in self.books}
+                self.books += [book for book in self.again() if book.path not in known]
         return {
             "version": __version__,
             "runs": [{"id": i, "name": book.name, "path": str(book.path)} for i, book in enumerate(self.books)],

@@ -30,7 +30,7 @@ export function changedParts(app, found, jump) {
   card("Tokens gained", by, found.tokens.gained.length ? lines(found.tokens.gained) : "none");
   card("Tokens lost", by, found.tokens.lost.length ? lines(found.tokens.lost) : "none");
   if (found.positions.length) card("By position in the answer", "means; a change is usually in few places", profile(app, found.positions));
-  if (found.collapse.length) card("Collapse", `${found.collapse.length} flags`, element("ul", { class: "flags" }, found.collapse.slice(0, 30).map((f) =>
+  if (found.collapse.length) card("Collapse", `${found.flags ?? found.collapse.length} flags`, element("ul", { class: "flags" }, found.collapse.slice(0, 30).map((f) =>
     element("li", {}, button(`answer ${f.row}${f.position !== null ? `, token ${f.position}` : ""}`, () => jump(f.row, f.position), { class: "link" }), element("b", { text: ` ${f.name} ` }), inert(f.text, 300)))));
   else card("Collapse", null, "No answer repeats itself to its end, none lacks its stop.");
   if (found.scatter.push.length) card("push × result", `what was asked, and what came of it; ${finite(found.scatter.as_asked) ? `${shown(100 * found.scatter.as_asked, 3)} % moved as asked` : ""}${found.scatter.cut ? "; a part of the tokens is drawn" : ""}`, cloud(found.scatter));

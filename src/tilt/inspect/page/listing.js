@@ -107,6 +107,16 @@ export function listView(app, listing, entries, total) {
   return { node: element("div", { class: "list" }, count, box), reveal, redraw: () => { drawn = ""; draw(); } };
 }
 
+const entryOf = ({ step, rows, channels }) => [String(step), `step ${step}${channels ? " ◆" : ""} (${rows})`];
+
+// New steps join the choice that stands, while a field is written in and the list must not be drawn anew.
+export function addSteps(steps) {
+  const select = document.querySelector(".filters select");
+  if (!select) return;
+  const known = new Set([...select.options].map((o) => o.value));
+  for (const [value, text] of steps.map(entryOf)) if (!known.has(value)) select.append(element("option", { value, text }));
+}
+
 export function filterBar(app, listing) {
   const { state } = app;
   const set = (name) => (value) => app.go({ [name]: value === "" ? null : value });
@@ -120,7 +130,7 @@ export function filterBar(app, listing) {
   const active = ["group", "split", "role", "truncated", "dropped", "odd", "q", "part", "part_min", ...FILTERS.flatMap(([n]) => [`${n}_min`, `${n}_max`])].filter((n) => state[n] !== undefined);
   return element("div", { class: "filters", role: "search" },
     element("div", { class: "bar" },
-      choice("Step", [["all", "all steps"], ...app.steps.map(({ step, rows, channels }) => [String(step), `step ${step}${channels ? " ◆" : ""} (${rows})`])], state.step, (v) => app.go({ step: v, row: "0", group: null })),
+      choice("Step", [["all", "all steps"], ...app.steps.map(entryOf)], state.step, (v) => app.go({ step: v, row: "0", group: null })),
       element("input", { type: "search", id: "search", placeholder: "text~  ( / )", "aria-label": "Text in prompt or answer", value: state.q ?? "", onchange: (e) => app.go({ q: e.target.value || null }),
         onkeydown: (e) => { if (e.key === "Enter") document.querySelector(".rows").focus({ preventScroll: true }); } }),
       choice("Sort by", SORTS, state.sort ?? "", set("sort")),

@@ -2,7 +2,7 @@
 import { element, button, choice, shown, inert, finite, say, download } from "tilt/parts";
 import { openSource, Curves, report } from "tilt/data";
 import { overview } from "tilt/charts";
-import { Listing, listView, filterBar } from "tilt/listing";
+import { Listing, listView, filterBar, addSteps } from "tilt/listing";
 import { rolloutView, tokenCard } from "tilt/rollout";
 import { changesView } from "tilt/changes";
 import { compareView } from "tilt/compare";
@@ -237,17 +237,34 @@ function save() {
   download(`tilt-${app.header.name.replaceAll(/[^\w.-]+/g, "-")}-${app.state.view}.html`, "text/html", `<!doctype html>\n${copy.outerHTML}`);
 }
 
+let turns = 0;
+
+// Every two seconds what came since: curves, stored steps, the run laid over this one; every tenth second also whether another run began, or this one goes on.
 async function follow() {
-  if (!app.source.live || document.hidden || !app.header || app.header.status !== "running") return;
+  if (!app.source.live || document.hidden || !app.header) return;
+  const seldom = turns++ % 5 === 0;
+  if (!seldom && app.header.status !== "running") return;
   try {
-    const [grown, header, steps] = await Promise.all([app.curves.read(), app.source.header(app.run), app.source.steps(app.run)]);
+    if (seldom) await lookAround();
+    const { run, other } = app;
+    const [grown, header, steps, beside] = await Promise.all([app.curves.read(), app.source.header(run), app.source.steps(run), other?.curves.read()]);
+    if (app.run !== run) return;
     app.late ||= steps.length !== app.steps.length;
     const ended = header.status !== app.header.status;
     Object.assign(app, { header, steps });
     document.querySelector("#header .status")?.replaceWith(statusMark());
-    if (app.state.view === "overview") { if ((grown || ended) && !app.grow?.()) draw(); }
-    else if (app.late && app.state.view === "rollouts" && !document.activeElement?.matches("select, input")) draw();
+    if (app.state.view === "overview") { if ((grown || beside || ended) && !app.grow?.()) draw(); }
+    else if (app.late && app.state.view === "rollouts") { if (document.activeElement?.matches("select, input")) addSteps(app.steps); else draw(); }
   } catch { /* the server is gone, or the run is being moved: the next turn tells */ }
+}
+
+// Runs that began since join the choices of the header.
+async function lookAround() {
+  const { runs, comparisons } = await app.source.listing();
+  if (runs.length === app.runs.length) return;
+  say(`new: ${runs.slice(app.runs.length).map((r) => r.name).join(", ")}`);
+  Object.assign(app, { runs, comparisons: comparisons ?? [] });
+  keepFocus(drawHeader);
 }
 
 export async function start() {
