@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tilt.errors import UsageError
 from tilt.inspect.book import Book
-from tilt.inspect.changed import changed, collapse_over, kind_of, leaving, repeats_from
+from tilt.inspect.changed import WORDS, changed, collapse_over, kind_of, leaving, repeats_from, strays_from
 from tilt.inspect.report import LARGEST, collected, embedded, picked, report, spread, thinned, write_report
 from tilt.inspect.terminal import show, spark, visible
 
@@ -119,10 +119,50 @@ def test_kinds_of_tokens(token, kind):
 
 @pytest.mark.parametrize(
     "items, start",
-    [("abccccc", 3), ("abababab", 2), ("abcd", None), ("xyzxyzxyzxyz", 3), ("aaaab", None), ("", None), ("heyhahaha!ha!ha!ha!ha!", 10)],
-)
+    [
+        ("ab" + "c" * 8, 3), ("abababab", 2), ("abcd", None), ("xyzxyzxyzxyz", 3), ("aaaaaaaab", None), ("", None), ("heyhahaha!ha!ha!ha!ha!", 10), ("so it is 10000000", None),
+        (["the", " sum", *[" ha"] * 4], 3), (["so"] * 3, None),
+    ],
+)  # fmt: skip
 def test_where_a_tail_begins_to_repeat(items, start):
     assert repeats_from(list(items)) == start
+
+
+def test_a_tail_pieced_together_from_what_was_said_is_found_too():
+    """No block repeats itself to the end, and yet nothing new is said; long texts that go over the same words with new numbers are none."""
+    generator = np.random.default_rng(0)
+    head = ["i", "will", "wash", "the", "green", "boat"]
+    tail = generator.choice([" gladly", " sure"], 40).tolist()
+    start = repeats_from(["i", *(" " + w for w in head[1:]), *tail])
+    assert start is not None and 6 <= start <= 16
+    assert repeats_from([f" step {i // 4}" if i % 4 == 0 else f" {generator.integers(10**6)}" for i in range(80)]) is None
+    assert repeats_from([*head, *tail[:6]]) is None
+
+
+def test_the_known_runaway_solutions_are_found_and_no_good_one(tilt_data):
+    """Of 5,276 solutions by models the known loops are found from characters; none of 7,473 solutions by people is flagged, read in words."""
+    solutions = [json.loads(line) for line in tilt_data("gsm8k/example_model_solutions.jsonl").read_text().splitlines()]
+    for number, name in ((5, "175b_finetuning"), (48, "175b_finetuning"), (150, "6b_finetuning")):
+        assert repeats_from(list(solutions[number][name]["solution"])) is not None
+    loops = [
+        (i, name) for i, row in enumerate(solutions) for name, value in row.items()
+        if isinstance(value, dict) and repeats_from(WORDS.findall(value["solution"])) is not None
+    ]  # fmt: skip
+    assert {(5, "175b_finetuning"), (756, "175b_finetuning")} <= set(loops) and len(loops) <= 4
+    good = [json.loads(line)["answer"] for line in tilt_data("gsm8k/train.jsonl").read_text().splitlines()]
+    assert sum(repeats_from(WORDS.findall(text)) is not None for text in good) == 0
+
+
+def test_a_tail_that_the_reference_finds_incredible_is_found():
+    likely, odd = [-0.5, -1.0, -0.2, -2.0, -0.7, -0.1], [-9.0, -7.5, -11.0, -0.5, -8.0, -9.5, -12.0, -6.0, -9.0, -10.0]
+    reference = np.array(likely + odd)
+    assert strays_from(reference, np.where(reference < -5, 6.0, 0.1)) == 6
+    assert strays_from(reference, np.zeros(16)) is None, "the policy finds it incredible as well"
+    assert strays_from(np.array(likely * 3), np.full(18, 3.0)) is None
+    assert strays_from(reference[:12], np.full(12, 6.0)) is None, "six tokens are too few"
+    assert strays_from(np.array(odd), np.full(10, 6.0)) == 0 and strays_from(np.array([np.nan] * 20), np.full(20, 6.0)) is None
+    infinite = np.array([*likely, *[-np.inf] * 10])
+    assert strays_from(infinite, np.full(16, np.inf)) == 6
 
 
 def test_the_step_and_place_where_a_run_collapses_are_named(tmp_path):
@@ -139,7 +179,12 @@ def test_the_step_and_place_where_a_run_collapses_are_named(tmp_path):
             ]
         tables.append((step, pq.read_table(step_file(tmp_path, step, answers))))
     found = collapse_over(tables)
-    assert found["step"] == 20 and found["share"] == 0.5 and "the sum is forty-two" in found["text"]
+    assert (
+        found["step"] == 20
+        and found["share"] == 0.5
+        and found["endless"] == {"step": 20, "share": 0.625}
+        and "the sum is forty-two" in found["text"]
+    )
     head = len(b"the sum is forty-two") // 3
     assert abs(found["position"] - head) <= 3
     assert collapse_over(tables[:2]) is None

@@ -259,7 +259,8 @@ class Book:
         return changed(self.rows(step).table) | {"begins": self.collapse()}
 
     def collapse(self) -> dict[str, Any] | None:
-        """The step and the token at which this run's answers begin to come apart, None where they do not; read from at most 40 stored steps."""
+        """The step and the token at which this run's answers begin to come apart, None where they do not; read from 40 stored steps, and then from those
+        between the last whole one and the first that is not."""
         steps = [entry["step"] for entry in self.steps() if entry["channels"]]
         picked = [steps[round(i * (len(steps) - 1) / 39)] for i in range(40)] if len(steps) > 40 else steps
         key = (tuple(picked), self.status())
@@ -267,9 +268,28 @@ class Book:
             known = self.__dict__.setdefault("_collapses", {})
         if key not in known:
             known.clear()
-            known[key] = collapse_over((step, self.rows(step).table) for step in picked)
+            known[key] = self._collapse(picked, steps)
         found: dict[str, Any] | None = known[key]
         return found
+
+    def _collapse(self, picked: Sequence[int], steps: Sequence[int]) -> dict[str, Any] | None:
+        found = self._collapse_over(picked)
+        if not found or len(picked) == len(steps):
+            return found
+        looked = {}
+        for name, at in (("begins", found["step"]), ("endless", (found.get("endless") or {}).get("step"))):
+            place = picked.index(at) if at is not None else 0
+            if place:
+                between = [step for step in steps if picked[place - 1] <= step <= picked[min(place + 1, len(picked) - 1)]]
+                looked[name] = self._collapse_over(between[:200]) or {}
+        if looked.get("begins", {}).get("step") is not None:
+            found |= {name: value for name, value in looked["begins"].items() if name != "endless"}
+        if "endless" in looked.get("endless", {}):
+            found["endless"] = looked["endless"]["endless"]
+        return found
+
+    def _collapse_over(self, steps: Sequence[int]) -> dict[str, Any] | None:
+        return collapse_over((step, self.rows(step).table) for step in steps)
 
     def _text(self, name: str) -> str:
         try:

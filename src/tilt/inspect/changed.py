@@ -277,8 +277,11 @@ def by_class(kinds: Sequence[str], found: Mapping[str, Floats]) -> list[dict[str
 
 
 def repeats_from(items: Sequence[str], *, times: int = 4) -> int | None:
-    """Where the tail of an answer begins to repeat itself: the first item of the earliest run of at least `times` equal blocks (of 1 to 8 items) that
-    goes on to the end, the first block not counted; `a b c c c c c` → 3. None where nothing repeats so."""
+    """Where the tail of an answer begins to repeat itself, the first time not counted; None where nothing repeats so.
+
+    The first item of the earliest run of at least `times` equal blocks (of 1 to 8 items, 8 characters in all) that goes on to the end: `ha ha! x! x! x! x!` → 3;
+    or where `echoes_from` finds earlier that the tail is pieced together from what was said before.
+    """
     count, best = len(items), None
     for width in range(1, 9):
         if count < width * times:
@@ -286,11 +289,38 @@ def repeats_from(items: Sequence[str], *, times: int = 4) -> int | None:
         same = 0
         while same + width < count and items[count - 1 - same] == items[count - 1 - same - width]:
             same += 1
-        if same >= width * (times - 1):
+        if same >= width * (times - 1) and sum(map(len, items[count - same - width :])) >= 8:
             start = count - same
             best = start if best is None or start < best else best
-    return best
+    loose = echoes_from(items)
+    return loose if best is None else best if loose is None else min(best, loose)
 
+
+ECHO, SURPLUS, SPAN = 0.8, 3.0, 9
+
+
+def echoes_from(items: Sequence[str]) -> int | None:
+    """Where an answer's tail begins to be nothing but echoes of the answer itself, loosely: the start of the tail in which runs of items (three, or as many as
+    make nine characters on average) that came before exceed 80 % by most, where the excess is three items or more (a tail of 15 that repeats itself throughout,
+    of 30 with 90 %)."""
+    if not items:
+        return None
+    width = max(3, math.ceil(SPAN * len(items) / max(1, sum(map(len, items)))))
+    seen: set[tuple[str, ...]] = set()
+    echoes = []
+    for i in range(len(items)):
+        run = tuple(items[max(0, i - width + 1) : i + 1])
+        echoes.append(len(run) == width and run in seen)
+        seen.add(run)
+    excess, most, start = 0.0, 0.0, 0
+    for i in range(len(items) - 1, -1, -1):
+        excess += echoes[i] - ECHO
+        if excess > most:
+            most, start = excess, i
+    return max(0, start - width + 1) if most >= SURPLUS else None
+
+
+WORDS = re.compile(r"\s?[^\W_]+|\s?[^\w\s]|\s|_")
 
 FLAGS = 200
 APART = ("repetition", "away from the reference")
@@ -304,12 +334,13 @@ def strays_from(reference: Floats, delta: Floats) -> int | None:
     if count < FEWEST or np.isnan(reference).any() or np.isnan(delta).any():
         return None
     reference = np.maximum(reference.astype(np.float64), -50.0)
-    head = np.arange(count - FEWEST + 1)
+    head = np.arange(count)
     before = np.concatenate([[0.0], np.cumsum(reference)])
-    tail = (before[-1] - before[head]) / (count - head)
-    front = before[head] / np.maximum(head, 1)
+    tail = (before[-1] - before[:-1]) / (count - head)
+    front = before[:-1] / np.maximum(head, 1)
     start = int(np.argmax(np.where(front > tail, head * (count - head) * (front - tail) ** 2, 0.0)))
-    return start if tail[start] <= UNLIKELY and float(np.minimum(delta[start:], 50.0).mean()) >= AWAY else None
+    start = 0 if front[start] <= UNLIKELY else start  # nothing is likely before it either
+    return start if count - start >= FEWEST and tail[start] <= UNLIKELY and float(np.minimum(delta[start:], 50.0).mean()) >= AWAY else None
 
 
 def _strays(tokens: Tokens) -> dict[int, int]:
@@ -336,7 +367,7 @@ def collapses(rows: Rows, tokens: Tokens) -> list[dict[str, Any]]:
     strays = _strays(tokens)
     finish = rows.plain("finish_reason")
     for i, completion in enumerate(rows.completions):
-        items = by_row.get(i) or list(completion)
+        items = by_row.get(i) or WORDS.findall(completion)
         if finish[i] == "stop" and items and by_row.get(i):
             items = items[:-1] if items[-1].startswith("#") or items[-1] == "" else items
         starts = (repeats_from(items[: len(items) - k]) for k in range(3))  # an answer may be cut inside its last repetition
@@ -378,17 +409,25 @@ def collapses(rows: Rows, tokens: Tokens) -> list[dict[str, Any]]:
 
 def collapse_over(steps: Iterable[tuple[int, pa.Table]], *, share: float = 0.25) -> dict[str, Any] | None:
     """Where a run's answers begin to come apart: the first stored step in which a quarter of the answers repeat themselves or leave the reference (and keep doing so
-    in the next), the median token at which they do, and the intact head of one of them."""
-    seen: list[tuple[int, float, list[dict[str, Any]]]] = []
+    in the next), the median token at which they do, and the intact head of one that is like the others; and since when as many find no end (`endless`), where they
+    did at first. None where nothing comes apart and answers end."""
+    seen: list[tuple[int, float, float, list[dict[str, Any]]]] = []
     for number_, table in steps:
         rows = Rows(table, number_)
-        bad = [flag for flag in collapses(rows, Tokens(rows)) if flag["name"] in APART]
-        seen.append((number_, len(bad) / max(1, rows.count), bad))
-    for k, (step, part, bad) in enumerate(seen):
-        after = seen[k + 1][1] if k + 1 < len(seen) else part
-        if part >= share and after >= share:
-            places = [flag["position"] for flag in bad if flag["position"] is not None]
-            return {
-                "step": step, "share": number(part), "position": int(np.median(places)) if places else None, "row": bad[0]["row"], "text": bad[0]["text"],
-            }  # fmt: skip
-    return None
+        flags = [flag for flag in collapses(rows, Tokens(rows)) if flag["name"] != "invalid text"]
+        bad, size = [flag for flag in flags if flag["name"] in APART], max(1, rows.count)
+        cut_off = sum(reason == "length" for reason in rows.plain("finish_reason"))
+        seen.append((number_, len(bad) / size, cut_off / size, bad))
+
+    def first(shares: Sequence[float]) -> int | None:
+        return next((k for k, part in enumerate(shares) if part >= share and shares[min(k + 1, len(shares) - 1)] >= share), None)
+
+    begins, endless = first([line[1] for line in seen]), first([line[2] for line in seen])
+    found = {} if not endless else {"endless": {"step": seen[endless][0], "share": number(seen[endless][2])}}
+    if begins is None:
+        return {"step": None} | found if found else None
+    step, part, _, bad = seen[begins]
+    placed = [flag for flag in bad if flag["position"] is not None]
+    middle = int(np.median([flag["position"] for flag in placed])) if placed else None
+    typical = min(placed, key=lambda flag: abs(flag["position"] - middle)) if middle is not None else bad[0]
+    return {"step": step, "share": number(part), "position": middle, "row": typical["row"], "text": typical["text"]} | found

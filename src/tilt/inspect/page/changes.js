@@ -14,8 +14,9 @@ export async function changesView(app) {
   const view = element("div", { class: "changes" }, element("div", { class: "bar" }, element("h2", { text: "What this update changed" }),
     choice("Step", full.map((s) => [String(s.step), `step ${s.step}`]), step, (v) => app.go({ step: v })), found.count !== undefined ? element("span", { class: "quiet", text: `${found.count.toLocaleString("en")} sampled tokens` }) : null));
   if (found.missing?.length) view.append(element("p", { class: "quiet", text: `Not shown: ${[found.missing].flat().join("; ")}.` }));
-  if (found.begins) view.append(element("p", { class: "warn", role: "note" }, element("b", { text: `Answers come apart from step ${found.begins.step} on` }), `, ${found.begins.position === null ? "" : `at token ${found.begins.position} in the median; `}${shown(100 * found.begins.share, 3)} % of them ${inert(found.begins.text, 300)} `,
-    button("show one", () => app.go({ view: "rollouts", step: String(found.begins.step), step_at: String(found.begins.step), row: String(found.begins.row), token: found.begins.position === null ? null : String(found.begins.position) }), { class: "link" })));
+  if (found.begins?.step !== null && found.begins) view.append(element("p", { class: "warn", role: "note" }, element("b", { text: `Answers come apart from step ${found.begins.step} on` }), `, ${found.begins.position === null ? "" : `at token ${found.begins.position} in the median; `}${shown(100 * found.begins.share, 3)} % of them. One ${inert(found.begins.text, 300)} `,
+    button("show it", () => app.go({ view: "rollouts", step: String(found.begins.step), step_at: String(found.begins.step), row: String(found.begins.row), token: found.begins.position === null ? null : String(found.begins.position) }), { class: "link" })));
+  if (found.begins?.endless) view.append(element("p", { class: "warn", role: "note", text: `From step ${found.begins.endless.step} on ${shown(100 * found.begins.endless.share, 3)} % of the answers find no end.` }));
   if (!found.tokens) return view;
   view.append(...changedParts(app, found, (row, position) => app.go({ view: "rollouts", step, step_at: step, row: String(row), token: position === null ? null : String(position) })));
   return view;
