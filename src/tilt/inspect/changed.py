@@ -240,7 +240,8 @@ def leaving(p: float, n: int) -> float:
 
 
 def confident(found: Mapping[str, Floats]) -> dict[str, Any]:
-    """Over-confidence: tokens above 0.9 that are pushed further up, by bands of probability, and what is left of exploration there."""
+    """Over-confidence: tokens above 0.9 that are pushed further up, by bands of probability, and what is left of exploration there. Where it is known what came
+    of the update (`looked`): how many rose, how many crossed into the next band, and the mean probabilities before and after."""
     logs, push, result = found.get("new_logprobs"), found.get("push"), found.get("result")
     chances = [{"p": p, "n": n, "chance": number(leaving(p, n))} for p in (0.9, 0.99, 0.999) for n in (4, 16, 64)]
     if logs is None:
@@ -248,14 +249,16 @@ def confident(found: Mapping[str, Floats]) -> dict[str, Any]:
     p = np.exp(np.nan_to_num(logs, nan=-np.inf))
     up = push > 0 if push is not None else np.zeros(len(p), bool)
     down = push < 0 if push is not None else np.zeros(len(p), bool)
+    later = None if result is None else np.exp(np.minimum(0.0, logs + result))
     bands = []
     for low, high in BANDS:
         here = (p >= low) & ((p < high) if high < 1 else (p <= 1))
-        looked = here if result is None else here & ~np.isnan(result)
-        after = None if result is None else _mean(np.exp(np.minimum(0.0, logs[looked] + result[looked])))
+        looked = here if later is None else here & ~np.isnan(later)
         bands.append({
             "from": low, "to": high, "count": int(here.sum()), "pushed_up": int((here & up).sum()), "pushed_down": int((here & down).sum()),
-            "mean_before": number(_mean(p[looked])), "mean_after": number(after),
+            "looked": None if later is None else int(looked.sum()), "rose": None if later is None else int((looked & (later > p)).sum()),
+            "crossed": None if later is None or high == 1 else int((looked & (later >= high)).sum()),
+            "mean_before": number(_mean(p[looked])), "mean_after": number(None if later is None else _mean(later[looked])),
         })  # fmt: skip
     above = p > CONFIDENT
     return {"above": CONFIDENT, "count": int(above.sum()), "pushed_further": int((above & up).sum()) if push is not None else None, "bands": bands, "leaving": chances}  # fmt: skip
@@ -296,13 +299,13 @@ def repeats_from(items: Sequence[str], *, times: int = 4) -> int | None:
     return loose if best is None else best if loose is None else min(best, loose)
 
 
-ECHO, SURPLUS, SPAN = 0.8, 3.0, 9
+ECHO, SURPLUS, SPAN = 0.6, 5.0, 9
 
 
 def echoes_from(items: Sequence[str]) -> int | None:
     """Where an answer's tail begins to be nothing but echoes of the answer itself, loosely: the start of the tail in which runs of items (three, or as many as
-    make nine characters on average) that came before exceed 80 % by most, where the excess is three items or more (a tail of 15 that repeats itself throughout,
-    of 30 with 90 %)."""
+    make nine characters on average) that came before exceed 60 % by most, where the excess is five items or more (a tail of 13 that repeats itself throughout,
+    of 50 with 70 %)."""
     if not items:
         return None
     width = max(3, math.ceil(SPAN * len(items) / max(1, sum(map(len, items)))))
