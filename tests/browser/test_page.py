@@ -58,6 +58,15 @@ def test_the_overview_draws_the_curves_with_alerts_and_a_second_run(page, served
         titles = page.locator(".chart figcaption").all_inner_texts()
         assert {"Reward", "KL to the reference, nats", "Entropy, nats", "Length", "Clipped, share", "Gradient norm", "Loss"} <= set(titles)
         assert page.locator(".alerts li").inner_text().startswith("⚑ step 20 entropy")
+        stacked = page.locator(".chart.stacked")
+        assert "Parts of the reward" in stacked.inner_text() and "0.5 × length" in stacked.inner_text()
+        stacked.scroll_into_view_if_needed()
+        spot = stacked.locator(".u-over").bounding_box()
+        page.mouse.move(spot["x"] + spot["width"] * 20 / 39, spot["y"] + 40)
+        assert (
+            stacked.locator(".u-legend .u-value").all_inner_texts()[:2] == ["20", "0.25"]
+            and "−0.05" in stacked.locator(".u-legend").inner_text()
+        )
         settled(page, lambda: page.get_by_label("Compare with").select_option("1"))
         assert "reward · second" in page.locator(".chart").first.inner_text() and state_of(page)["with"] == "1"
         settled(page, lambda: page.get_by_label("Add a metric").select_option("extra/metric"))
@@ -293,7 +302,7 @@ def test_the_page_names_the_step_and_the_token_where_answers_come_apart(page, se
         visit(page, url, view="changed", step=10)
         said = page.locator("p.warn").inner_text()
         assert "Answers come apart from step 20 on" in said and "the sum is forty-two" in said
-        settled(page, lambda: page.get_by_role("button", name="show one").click())
+        settled(page, lambda: page.get_by_role("button", name="show it").click())
         state = state_of(page)
         assert (
             state["step"] == "20"

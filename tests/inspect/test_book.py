@@ -18,7 +18,7 @@ from made_runs import HOSTILE, answers_of, make_run, step_file, write_metrics
 from tilt.errors import DataError
 from tilt.inspect.book import Book, books
 from tilt.inspect.server import Site, serve
-from tilt.inspect.tables import Rows, first_difference, pieces, repetition, suspects
+from tilt.inspect.tables import Rows, first_difference, pieces, reckoned, repetition, suspects
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_summary_says_of_each_row_what_its_tokens_say(run):
         assert summary["kl"][i] == pytest.approx(sum(row["kl"]), rel=1e-3)
         assert summary["delta_max"][i] == pytest.approx(max(abs(x) for x in row["delta_ref"]), rel=1e-4)
         assert summary["push"][i] == pytest.approx(sum(abs(x) for x in row["push"]), rel=1e-3)
-        assert summary["parts"]["exact"][i] == pytest.approx(row["reward"]) and summary["prompts"][summary["prompt"][i]] == row["prompt"]
+        assert summary["parts"]["exact"][i] == pytest.approx(row["reward"] + 0.05, abs=1e-4) and summary["prompts"][summary["prompt"][i]] == row["prompt"]
         detail = book.rows(10).detail(i)
         assert "".join(detail["tokens"]) == row["completion"] and detail["channels"]["push"] == pytest.approx(row["push"], rel=1e-4)
         assert len(detail["tokens"]) == len(detail["ids"]) and detail["checker"]["exact"]["gold"] == "42"
@@ -303,3 +303,32 @@ def test_summaries_use_the_reduction_that_they_name():
     )
     summary = Rows(table, 0).summary()
     assert summary["entropy"] == [2.0] and summary["kl"] == [0.75] and np.isfinite(summary["kl"][0])
+
+
+def test_a_reward_is_reckoned_from_its_parts_and_weights(tmp_path):
+    assert reckoned(1.1, {"exact": 1.0, "length": 0.2}, {"exact": 1.0, "length": 0.5}) == "= 1 exact + 0.5 × 0.2 length"
+    assert reckoned(1.0, {"exact": 1.0, "length": 0.2}, {"exact": 1.0, "length": 0.5}) == "← 1 exact + 0.5 × 0.2 length", "a limit cut it"
+    assert reckoned(1.0, {"exact": 1.0, "judge": "nan"}, {}) == "= 1 exact + nothing from judge" and reckoned(1.0, {}, {}) == ""
+    book = Book(make_run(tmp_path / "made"))
+    assert book.header()["parts"] == {"exact": 1.0, "length": 0.5} and book.rows(10).detail(0)["reckoned"].startswith("= ")
+    step_file(tmp_path / "made" / "rollouts", 50, answers_of(50, 4))
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "made" / "rollouts" / "step_000050.parquet"
+    pq.write_table(pq.read_table(file).replace_schema_metadata({"schema_version": "2", "reward_weights": "[nonsense"}), file)
+    assert Book(tmp_path / "made").header()["parts"] == {"exact": 1.0, "length": 1.0}
+
+
+def test_the_weights_of_a_run_are_stored_with_its_answers(tmp_path):
+    import pyarrow.parquet as pq
+    import torch
+
+    from tilt.data.rollouts import Prompt, Rollout
+    from tilt.objectives import Rewards
+    from tilt.runs.rollout_store import RolloutTable, write
+
+    rollout = Rollout.demonstration(Prompt(id=0, tokens=(1,)), (2, 3))
+    rewards = Rewards.of(torch.tensor([1.5]), parts={"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}, weights={"a": 0.5, "b": 0.5})
+    file = write(tmp_path, 3, RolloutTable([rollout], [("p", "ab")], rewards, None, {}, {}, shown=False))
+    assert json.loads(pq.read_schema(file).metadata[b"reward_weights"]) == {"a": 0.5, "b": 0.5}
+    assert Rows.read(file, 3).detail(0)["reckoned"] == "= 0.5 × 1 a + 0.5 × 2 b"

@@ -128,6 +128,34 @@ def test_where_a_tail_begins_to_repeat(items, start):
     assert repeats_from(list(items)) == start
 
 
+def test_parts_of_the_reward_and_how_they_go_with_length_and_kl():
+    rewards = pa.array(
+        [{"exact": float(i % 2), "format": 1.0, "long": i / 4} for i in range(8)],
+        pa.struct([(n, pa.float64()) for n in ("exact", "format", "long")]),
+    )
+    total = [float(i % 2) + 0.5 * i / 4 for i in range(8)]
+    table = pa.table({
+        "prompt": ["p"] * 8, "completion": ["abcdef"[: 1 + i % 6] for i in range(8)], "text_offsets": [[0]] * 8, "rewards": rewards, "reward": total, "length": [10 + 3 * i for i in range(8)],
+        "kl": [[0.1 * i] for i in range(8)],
+    }).replace_schema_metadata({"reward_weights": json.dumps({"exact": 1, "format": 1, "long": 0.5})})  # fmt: skip
+    found = changed(table)["parts"]
+    lines = {line["name"]: line for line in found["lines"]}
+    assert (
+        list(lines) == ["exact", "format", "long", "reward", "length", "KL"]
+        and lines["long"]["weight"] == 0.5
+        and lines["length"]["weight"] is None
+    )
+    assert lines["exact"]["mean"] == 0.5 and lines["exact"]["std"] == 0.5 and lines["long"]["known"] == 8
+    names = list(lines)
+    together = {(a, b): found["together"][i][j] for i, a in enumerate(names) for j, b in enumerate(names)}
+    assert (
+        together["long", "length"] == pytest.approx(1)
+        and together["exact", "format"] is None
+        and together["length", "KL"] == pytest.approx(1, abs=1e-4)
+    )
+    assert together["exact", "reward"] == pytest.approx(np.corrcoef([i % 2 for i in range(8)], total)[0, 1], abs=1e-4)
+
+
 def test_a_tail_pieced_together_from_what_was_said_is_found_too():
     """No block repeats itself to the end, and yet nothing new is said; long texts that go over the same words with new numbers are none."""
     generator = np.random.default_rng(0)

@@ -45,7 +45,7 @@ def step_file(folder: Path, step: int, answers: Sequence[Mapping[str, Any]], *, 
         "group_id": pa.array([int(a.get("group", i // 4)) for i, a in enumerate(answers)], pa.int64()), "rollout_id": pa.array(range(len(answers)), pa.int32()),
         "prompt": [text(a["prompt"]) for a in answers], "completion": [text(a["completion"]) for a in answers],
         "finish_reason": [str(a.get("finish", "stop")) for a in answers], "reward": pa.array([a.get("reward") for a in answers], pa.float64()),
-        "rewards": pa.array([{"exact": a.get("reward"), "length": -0.1} for a in answers], pa.struct([("exact", pa.float64()), ("length", pa.float64())])),
+        "rewards": pa.array([{"exact": None if a.get("reward") is None else a["reward"] + 0.05, "length": -0.1} for a in answers], pa.struct([("exact", pa.float64()), ("length", pa.float64())])),
         "length": pa.array(sizes, pa.int32()), "truncated": [a.get("finish") == "length" for a in answers],
         "advantage": pa.array([float(a.get("advantage", 0.5)) for a in answers], pa.float32()), "group_mean": pa.array([0.5] * len(answers), pa.float32()),
         "group_std": pa.array([0.25] * len(answers), pa.float32()), "dropped_reason": pa.array([a.get("dropped") for a in answers], pa.string()),
@@ -67,7 +67,9 @@ def step_file(folder: Path, step: int, answers: Sequence[Mapping[str, Any]], *, 
             [None if t is None else [[-0.1, -2.5, -4.0, -5.0, -6.0]] * len(t) for t in top], pa.list_(pa.list_(pa.float32()))
         )
         columns["topk_ref"] = columns["topk_logp"]
-    table = pa.table(columns).replace_schema_metadata({"schema_version": "2", "step": str(step)})
+    table = pa.table(columns).replace_schema_metadata(
+        {"schema_version": "2", "step": str(step), "reward_weights": json.dumps({"exact": 1.0, "length": 0.5})}
+    )
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step_{step:06d}.parquet"
     pq.write_table(table, file, compression="zstd")
@@ -123,6 +125,6 @@ def write_metrics(place: Path, steps: Sequence[int], mode: str = "a") -> None:
         for step in steps:
             row = {
                 "step": step, "time": 1.0 + step, "reward": step / 100, "objective/scores_std": 0.2, "kl": step / 50, "entropy": 2 - step / 100, "length/mean": 40.0, "length/truncated": 0.1,
-                "policy/clipfrac_low": 0.01, "policy/clipfrac_high": 0.02, "grad_norm": "nan" if step == 5 else 1.0, "loss": -0.1, "extra/metric": step * 2.0,
+                "policy/clipfrac_low": 0.01, "policy/clipfrac_high": 0.02, "grad_norm": "nan" if step == 5 else 1.0, "loss": -0.1, "extra/metric": step * 2.0, "reward/exact": step / 100 + 0.05, "reward/length": -0.1,
             }  # fmt: skip
             file.write(json.dumps(row | ({"eval/accuracy": 0.5 + step / 200} if step % 10 == 0 else {})) + "\n")

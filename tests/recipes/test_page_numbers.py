@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -25,8 +27,10 @@ def close(shown, truth):
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_numbers_on_the_page_equal_those_from_the_checkpoints(run_rl, algorithm):
-    result = run_rl(algorithm=algorithm, steps=3, save_every=1, keep_last=9, rollouts_every=1, optimizer={"lr": 1e-2})
+def test_numbers_on_the_page_equal_those_from_the_checkpoints(run_rl, run_sft, algorithm):
+    start = str(run_sft().checkpoint)
+    reference = AutoModelForCausalLM.from_pretrained(start).eval()
+    result = run_rl(model=start, algorithm=algorithm, steps=3, save_every=1, keep_last=9, rollouts_every=1, optimizer={"lr": 1e-2})
     book = Book(result.directory.path)
     folder = result.directory.checkpoints
     before, after = (AutoModelForCausalLM.from_pretrained(path_of(folder, step)).eval() for step in (2, 3))
@@ -40,12 +44,14 @@ def test_numbers_on_the_page_equal_those_from_the_checkpoints(run_rl, algorithm)
         chosen = old.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
         assert close(channels["old_logprobs"], chosen) and close(channels["new_logprobs"], chosen)
         assert close(channels["entropy"], (-(old.exp() * old).sum(-1)).tolist())
-        assert close(
-            channels["delta_ref"], [a - b for a, b in zip(channels["new_logprobs"], channels["reference_logprobs"], strict=True)]
-        ) or all(
-            abs(d - (a - b)) < 2e-2
-            for d, a, b in zip(channels["delta_ref"], channels["new_logprobs"], channels["reference_logprobs"], strict=True)
-        )
+        anchor = said(reference, prompt, ids).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+        gap = [new - there for new, there in zip(chosen, anchor, strict=True)]
+        assert close(channels["reference_logprobs"], anchor) and close(channels["delta_ref"], gap)
+        assert close(channels["kl"], [math.exp(-x) - 1 + x for x in gap]) and all(x == 1 for x in channels["ratio"])
+        if algorithm == "grpo" and not detail["dropped"]:
+            group = torch.tensor([one["reward"] for one in book.rows(2).siblings(row)["rows"]])
+            assert close([channels["adv_t"][0]], [((detail["reward"] - group.mean()) / (group.std() + 1e-4)).item()])
+            assert len(set(channels["adv_t"])) == 1
         if detail["top"] is None:
             continue
         looked += 1

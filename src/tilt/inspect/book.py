@@ -71,7 +71,7 @@ class Book:
             "seed": config.get("seed"), "commit": str((env.get("git") or {}).get("commit") or "")[:12] if isinstance(env.get("git"), dict) else "",
             "started": env.get("started"), "status": self.status(), "step": last, "steps": target,
             "objective": self._text("objective.txt"), "config": config_text, "versions": env.get("packages") or {}, "alerts": self.alerts(),
-            "result": result or None, "notes": self.notes(steps, stored), "imported": _json(self._text("imported.json")) or None,
+            "result": result or None, "parts": self._weights(), "notes": self.notes(steps, stored), "imported": _json(self._text("imported.json")) or None,
             "channels": {name: dict(zip(("title", "about", "kind", "unit"), CHANNELS[name], strict=True)) for name in stored},
         }  # fmt: skip
 
@@ -179,6 +179,18 @@ class Book:
             except Exception:
                 known[key] = set()
         return set(known[key])
+
+    def _weights(self) -> dict[str, float]:
+        """The parts of the reward with their weights, as the last stored step has them."""
+        import pyarrow.parquet as pq
+
+        files = self._files()
+        if not files:
+            return {}
+        try:
+            return Rows(pq.read_schema(files[max(files)]).empty_table(), max(files)).weights
+        except (TiltError, OSError, ValueError):
+            return {}
 
     def rows(self, step: int) -> Rows:
         """One stored step."""

@@ -139,7 +139,7 @@ def changed(table: pa.Table, *, classes: Classes = kind_of, step: int = 0) -> di
     return {
         "tokens": by_token(tokens.text, kinds, found), "positions": by_position(tokens.place, found), "entropy": by_entropy(found),
         "scatter": scatter(tokens.text, found), "confident": confident(found), "classes": by_class(kinds, found),
-        "collapse": flags[:FLAGS], "flags": len(flags), "missing": missing, "count": tokens.count,
+        "parts": by_part(rows, tokens, found), "collapse": flags[:FLAGS], "flags": len(flags), "missing": missing, "count": tokens.count,
     }  # fmt: skip
 
 
@@ -274,6 +274,33 @@ def by_class(kinds: Sequence[str], found: Mapping[str, Floats]) -> list[dict[str
     }  # fmt: skip
     counts = np.bincount(which, minlength=len(names)) if kinds else np.zeros(0, int)
     return [{"class": name, "count": int(counts[i]), **{key: values[i] for key, values in columns.items()}} for i, name in enumerate(names)]
+
+
+def by_part(rows: Rows, tokens: Tokens, found: Mapping[str, Floats]) -> dict[str, Any]:
+    """What the answers' rewards are made of: mean, deviation and weight of every part, and how they go together over the answers of the step, with the whole
+    reward, the length and the KL (Pearson's correlation; None where one of two never varies). A reward that follows the length is a reward for length."""
+    columns: dict[str, list[Any]] = rows.parts()
+    weights = {name: rows.weights.get(name, 1.0) for name in columns}
+    columns = {**columns, "reward": rows.plain("reward"), "length": rows.plain("length")}
+    if "kl" in found:
+        columns["KL"] = [number(x) for x in np.bincount(tokens.row, np.nan_to_num(found["kl"]), rows.count)]
+    table = {name: np.array([x if isinstance(x, (int, float)) else np.nan for x in values], np.float64) for name, values in columns.items()}
+    table = {name: values for name, values in table.items() if not np.isnan(values).all()}
+    together = [[number(correlation(a, b)) for b in table.values()] for a in table.values()]
+    lines = [
+        {"name": name, "weight": weights.get(name), "mean": number(np.nanmean(values)), "std": number(np.nanstd(values)), "known": int((~np.isnan(values)).sum())}
+        for name, values in table.items()
+    ]  # fmt: skip
+    return {"lines": lines, "together": together}
+
+
+def correlation(a: Floats, b: Floats) -> float | None:
+    """Pearson's correlation over the entries where both are known; None where one does not vary: 1 2 3, 2 4 6 → 1."""
+    both = np.isfinite(a) & np.isfinite(b)
+    a, b = a[both], b[both]
+    if len(a) < 3 or np.ptp(a) <= 1e-9 * max(1.0, float(np.abs(a).max())) or np.ptp(b) <= 1e-9 * max(1.0, float(np.abs(b).max())):
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
 
 
 # --- collapse -------------------------------------------------------------------------------------------------------------------

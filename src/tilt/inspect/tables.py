@@ -140,11 +140,21 @@ class Rows:
             "delta_max": [number(x) for x in self.per_row("delta_ref", lambda v: float(np.abs(v).max()))],
             "push": [number(x) for x in self.per_row("push", lambda v: float(np.abs(v).sum()))],
             "entropy": [number(x) for x in self.per_row("entropy", lambda v: float(v.mean()))],
-            "repetition": [number(repetition(text)) for text in completions], "parts": self._parts(),
+            "repetition": [number(repetition(text)) for text in completions], "parts": self.parts(),
         }  # fmt: skip
         return found | {"odd": suspects(found)}
 
-    def _parts(self) -> dict[str, list[Any]]:
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each part of the reward counts for; 1 where the file does not say. A part that judged steps counts at its steps, and 0 here."""
+        said = _json(((self.table.schema.metadata or {}).get(b"reward_weights") or b"{}").decode("utf-8", "replace"))
+        known = said if isinstance(said, dict) else {}
+        parts = self.table["rewards"].type if self.has("rewards") else None
+        names = [field.name for field in parts] if parts is not None and pa.types.is_struct(parts) else []
+        return {name: float(known[name]) if isinstance(known.get(name), (int, float)) else 1.0 for name in names}
+
+    def parts(self) -> dict[str, list[Any]]:
+        """Every part of the reward as a column, before its weight."""
         parts = self.plain("rewards")
         names = list(dict.fromkeys(name for each in parts if isinstance(each, Mapping) for name in each))
         return {name: [number((each or {}).get(name)) for each in parts] for name in names}
@@ -163,10 +173,10 @@ class Rows:
         return {
             "step": self.step, "row": row, "group": self.groups[row], "key": key_of(prompt), "prompt": prompt, "completion": completion,
             "messages": one.get("messages"), "finish": one.get("finish_reason"), "reward": number(one.get("reward")), "role": one.get("role"),
-            "parts": {name: number(x) for name, x in (one.get("rewards") or {}).items()}, "checker": _json(one.get("checker")),
+            "parts": {name: number(x) for name, x in (one.get("rewards") or {}).items()}, "weights": self.weights, "checker": _json(one.get("checker")),
             "advantage": number(one.get("advantage")), "group_mean": number(one.get("group_mean")), "group_std": number(one.get("group_std")),
             "length": one.get("length") if one.get("length") is not None else len(completion), "truncated": bool(one.get("truncated")),
-            "dropped": one.get("dropped_reason"), "push_score": number(one.get("push_score")), "tokens": tokens, "bytes": hexes,
+            "dropped": one.get("dropped_reason"), "reckoned": reckoned(number(one.get("reward")), {name: number(x) for name, x in (one.get("rewards") or {}).items()}, self.weights), "push_score": number(one.get("push_score")), "tokens": tokens, "bytes": hexes,
             "ids": ids if tokens else [], "mask": _ints(one.get("mask")) if tokens else [],
             "channels": {name: values for name, values in channels.items() if len(values) == len(tokens) and any(v != "nan" for v in values)}, "top": _top(one),
         }  # fmt: skip
@@ -177,6 +187,19 @@ class Rows:
         rows = [row, *(i for i in range(self.count) if group[i] == group[row] and i != row)]
         details = [self.detail(i) for i in rows]
         return {"rows": details, "divergence": [first_difference(details[0], other) for other in details]}
+
+
+def reckoned(reward: Any, parts: Mapping[str, Any], weights: Mapping[str, float]) -> str:
+    """How a reward came about: `= 1 correct + 0.5 × 0.2 format`, with ← instead of = where the parts do not add up to it (a part that failed, a limit, normalised
+    parts); empty without parts."""
+    if not parts:
+        return ""
+    known = {name: value for name, value in parts.items() if isinstance(value, (int, float))}
+    total = sum(weights.get(name, 1.0) * value for name, value in known.items())
+    adds = isinstance(reward, (int, float)) and abs(total - reward) <= 1e-3 * max(1.0, abs(reward))
+    terms = [(f"{weights[name]:g} × " if weights.get(name, 1.0) != 1 else "") + f"{value:.4g} {name}" for name, value in known.items()]
+    failed = [f"nothing from {name}" for name in parts if name not in known]
+    return ("= " if adds else "← ") + " + ".join([*terms, *failed])
 
 
 def _reduced(values: Floats, reduce: Callable[[Floats], float]) -> float | None:

@@ -106,10 +106,9 @@ def answer(r: Mapping[str, Any], console: Console, channel: str, known: Mapping[
         if channel in channels
         else next((n for n in ("delta_ref", *known) if n in channels and any(isinstance(v, float) for v in channels[n])), "")
     )
-    parts = " + ".join(f"{visible(part)} {shown(value)}" for part, value in r["parts"].items())
     facts = [
         f"step {r['step']} answer {r['row']}",
-        f"reward {shown(r['reward'])}{f' = {parts}' if parts else ''}",
+        f"reward {shown(r['reward'])} {visible(r['reckoned'])}".strip(),
         f"A {shown(r['advantage'])}",
         f"{r['length']} tokens",
         str(r["finish"] or ""),

@@ -6,6 +6,7 @@ Token channels for display are kept in half precision. Version 1 had rewards in 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,12 +68,13 @@ def path_of(directory: Path | str, step: int) -> Path:
 
 
 def write(directory: Path | str, step: int, rows: RolloutTable) -> Path:
-    """`directory/step_000120.parquet`, zstd, with `schema_version` in the file's metadata; appears whole or not at all."""
+    """`directory/step_000120.parquet`, zstd, with `schema_version` and the parts' `reward_weights` in the file's metadata; appears whole or not at all."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     count = len(rows.rollouts)
     assert len(rows.texts) == count == len(rows.rewards.total), "one text and one reward per rollout"
     columns = {**_identity(step, rows), **_outcome(rows), **_tokens(rows), **_channels(rows), **_alternatives(rows)}
-    table = pa.table(columns).replace_schema_metadata({"schema_version": str(SCHEMA_VERSION), "step": str(step)})
+    weights = {"reward_weights": json.dumps(dict(rows.rewards.weights))} if rows.rewards.parts else {}
+    table = pa.table(columns).replace_schema_metadata({"schema_version": str(SCHEMA_VERSION), "step": str(step)} | weights)
     return atomic_write(path_of(directory, step), lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 
 

@@ -1,6 +1,7 @@
 // What an update changed: tokens, positions, entropies, push against result, over-confidence, classes, collapse.
 import uPlot from "uplot";
 import { element, button, choice, shown, visible, inert, finite, table } from "tilt/parts";
+import { paint } from "tilt/colour";
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -41,10 +42,20 @@ export function changedParts(app, found, jump) {
     element("p", { class: "quiet", text: "crossed: of those looked at after the step, how many now lie above their band" }),
     element("p", { class: "quiet", text: "the chance that one of n answers leaves the top choice, 1 − pⁿ" }),
     table([{ text: "p" }, ...[4, 16, 64].map((n) => ({ text: `n = ${n}`, class: "n" }))], [0.9, 0.99, 0.999].map((p) => [p, ...[4, 16, 64].map((n) => shown(found.confident.leaving.find((l) => l.p === p && l.n === n)?.chance))])));
+  if (found.parts?.lines.length > 1) card("The reward and its parts", "over the answers of this step; a reward that goes with the length is a reward for length",
+    table([{ text: "" }, { text: "weight", class: "n" }, { text: "mean", class: "n" }, { text: "std", class: "n" }, ...found.parts.lines.map((l) => ({ text: inert(l.name, 16), class: "n" }))],
+      found.parts.lines.map((l, i) => [inert(l.name, 30), l.weight === null ? "" : shown(l.weight), shown(l.mean), shown(l.std), ...found.parts.together[i].map((v, j) => i === j ? "" : related(v))]), { class: "together" }));
   if (found.classes.length) card("By class of token", null, table([{ text: "class" }, { text: "tokens", class: "n" }, { text: "Σ |push|", class: "n" }, { text: "Σ Δ", class: "n" }, { text: "Σ KL", class: "n" }], found.classes.map((c) => [c.class, c.count, shown(c.push), shown(c.delta), shown(c.kl)])));
   if (found.entropy.percentiles.length) card("Entropy", `the fifth of the tokens with the highest entropy holds ${pc(found.entropy.top20_share_of_kl)} of Σ KL and ${pc(found.entropy.top20_share_of_push)} of Σ |push|`,
     table([{ text: "percentile" }, { text: "nats", class: "n" }], found.entropy.percentiles.map(([q, v]) => [q, shown(v)])));
   return [element("div", { class: "panels" }, cards)];
+}
+
+// A correlation, coloured like any channel.
+function related(value) {
+  const node = element("td", { class: "n", text: finite(value) ? value.toFixed(2).replace("-", "−") : "–" });
+  paint(node, finite(value) ? value : null, { kind: "diverging", largest: 3 });
+  return node;
 }
 
 const pc = (v) => finite(v) ? `${shown(100 * v, 3)} %` : "–";

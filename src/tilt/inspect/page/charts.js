@@ -1,6 +1,6 @@
 // The overview: curves with one cursor, alerts as flags, a second run laid over the first.
 import uPlot from "uplot";
-import { element, button, choice, shown, say } from "tilt/parts";
+import { element, button, choice, shown, inert, say } from "tilt/parts";
 
 const GROUPS = [
   ["Reward", ["reward", "objective/scores", "eval/reward"], "objective/scores_std"],
@@ -75,6 +75,8 @@ export function overview(app) {
     charts.push({ chart, box, numbers });
     place.append(box);
   }
+  const stack = stacked(app, names, sync);
+  if (stack) { charts.push(stack); place.append(stack.box); }
   const more = choice("Add a metric", [["", "add a metric …"], ...names.filter((n) => !wanted.some(([, l]) => l.includes(n))).map((n) => [n, n])], "", (name) => {
     if (name) app.go({ more: [state.more, name].filter(Boolean).join("|") });
   });
@@ -99,6 +101,41 @@ export function overview(app) {
   app.onleave(() => { app.grow = null; watch.disconnect(); charts.forEach(({ chart }) => chart.destroy()); });
   say(`${charts.length} charts`);
   return view;
+}
+
+// Each part of the reward times its weight, one on the other: what is earned above zero, what is paid below.
+function stacked(app, names, sync) {
+  const parts = Object.entries(app.header.parts ?? {}).filter(([name, weight]) => weight !== 0 && names.includes(`reward/${name}`));
+  if (parts.length < 2) return null;
+  let worth = [];
+  const numbers = () => {
+    const read = parts.map(([name, weight]) => { const c = app.curves.of(`reward/${name}`); return new Map(c.steps.map((s, i) => [s, c.values[i] === null ? null : c.values[i] * weight])); });
+    const steps = [...new Set(read.flatMap((m) => [...m.keys()]))].sort((a, b) => a - b);
+    const above = steps.map(() => 0), below = steps.map(() => 0);
+    worth = read.map((curve) => steps.map((s) => curve.get(s) ?? null));
+    const rows = worth.flatMap((values) => {
+      const high = [], low = [];
+      values.forEach((v, i) => {
+        const pile = v < 0 ? below : above, ends = v === null ? [null, null] : [pile[i], pile[i] += v];
+        high.push(v < 0 ? ends[0] : ends[1]); low.push(v < 0 ? ends[1] : ends[0]);
+      });
+      return [high, low];
+    });
+    return [steps, ...rows];
+  };
+  const box = element("figure", { class: "chart stacked" }, element("figcaption", { text: "Parts of the reward, times their weights" }));
+  const series = [{ label: "step" }], bands = [];
+  parts.forEach(([name, weight], k) => {
+    const ink = `--part-${(k % 6) + 1}`;
+    series.push({ label: `${weight !== 1 ? `${shown(weight)} × ` : ""}${inert(name, 30)}`, stroke: () => css(ink), width: 1.5, spanGaps: true, value: (_, v, s, i) => shown(worth[k]?.[i]) },
+      { label: "", stroke: "transparent", points: { show: false }, class: "ghost", spanGaps: true });
+    bands.push({ series: [2 * k + 1, 2 * k + 2], fill: () => css(`${ink}-wash`) });
+  });
+  const chart = new uPlot({
+    width: 360, height: 168, series, bands, cursor: { sync: { key: sync.key }, drag: { x: true, y: false } }, scales: { x: { time: false }, y: { range: span } }, legend: { live: true },
+    axes: [{ stroke: () => css("--quiet"), grid: { stroke: () => css("--grid") }, size: 26 }, { stroke: () => css("--quiet"), grid: { stroke: () => css("--grid") }, size: 50, values: (_, vs) => vs.map((v) => shown(v, 3)) }],
+  }, numbers(), box);
+  return { chart, box, numbers };
 }
 
 // The range of an axis: a curve that never moves is given room, one that is nothing lies between 0 and 1.

@@ -94,7 +94,7 @@ export async function rolloutView(app, step, row) {
   view.append(
     element("div", { class: "bar facts" },
       element("h2", { text: `step ${step}, answer ${row}${r.role ? `, ${r.role}` : ""}` }),
-      element("span", {}, element("b", { text: `reward ${shown(r.reward)}` }), parts.length ? ` = ${parts.map(([n, v]) => `${n} ${shown(v)}`).join(" + ")}` : ""),
+      element("span", {}, element("b", { text: `reward ${shown(r.reward)}` }), r.reckoned ? ` ${inert(r.reckoned, 400)}` : ""),
       element("span", { text: `A ${shown(r.advantage)}` }), element("span", { text: `${r.length} tokens, ${r.finish ?? (r.truncated ? "cut" : "")}` }),
       r.channels.kl ? element("span", { text: `KL ${shown(sum(r.channels.kl))}` }) : null,
       clipped !== null ? element("span", { text: `clipped ${clipped}/${r.tokens.length}` }) : null,
