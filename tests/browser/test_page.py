@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from made_runs import HOSTILE, answers_of, make_run, step_file, write_metrics
 
-from tilt.inspect.book import Book
+from tilt.inspect.book import Book, books
 from tilt.inspect.report import report, write_report
 from tilt.inspect.server import Site
 
@@ -165,7 +165,7 @@ def test_every_channel_colours_the_tokens_and_shows_its_numbers(page, served, ru
         card = page.locator("#hover").inner_text()
         for name in ("push", "entropy", "advantage", "value"):
             assert name in card
-        assert "reference" in card and " d" in card.replace("·", " ")
+        assert "reference" in card and " d" in card.replace("␣", " ")
 
 
 def test_keys_walk_rows_tokens_and_views(page, served, run):
@@ -349,6 +349,85 @@ def test_a_run_that_goes_on_grows_on_the_page(page, served, tmp_path, monkeypatc
         )
         (run / "result.json").write_text("{}")
         page.wait_for_function("() => document.querySelector('#header').innerText.includes('finished')", timeout=8000)
+
+
+def test_runs_that_begin_and_runs_laid_over_are_followed(page, served, tmp_path, monkeypatch):
+    """A folder that comes to hold another run offers it; the curve of a second run grows with it."""
+    place = tmp_path / "runs"
+    first, second = make_run(place / "a", steps=2, running=True), make_run(place / "b", steps=1, running=True)
+    monkeypatch.setattr(Book, "status", lambda book: "running")
+    with served(Site(books(place), again=lambda: books(place))) as url:
+        visit(page, url, view="overview", **{"with": 1})
+        last = "() => { const rows = document.querySelector('.chart .u-legend').innerText; return rows; }"
+        assert "reward · b" in page.evaluate(last).replace("runs/", "")
+        box = page.locator(".chart .u-over").first.bounding_box()
+        at = lambda: (page.mouse.move(box["x"] + 5, box["y"] + 30), page.mouse.move(box["x"] + box["width"] - 2, box["y"] + 40))
+        at()
+        assert page.locator(".chart .u-legend .u-value").nth(2).inner_text() == "–", "the second run ends at step 9"
+        write_metrics(second, range(10, 20))
+        make_run(place / "c", steps=1, running=True)
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('select[aria-label=Run] option')].some((o) => o.text.endsWith('c'))", timeout=20000
+        )
+        page.wait_for_timeout(2500)
+        at()
+        assert page.locator(".chart .u-legend .u-value").nth(2).inner_text() == "0.19"
+        settled(page, lambda: page.get_by_label("Run", exact=True).select_option("2"))
+        assert "step 9/100" in page.locator("#header").inner_text()
+        assert first.is_dir()
+
+
+def test_new_steps_are_offered_while_a_field_is_held(page, served, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "live", steps=2, running=True)
+    monkeypatch.setattr(Book, "status", lambda book: "running")
+    with served(Site([Book(run)])) as url:
+        visit(page, url, view="rollouts", step=10)
+        field = page.get_by_label("Text in prompt or answer")
+        field.focus()
+        field.type("half a wo")
+        step_file(run / "rollouts", 20, answers_of(20, 8))
+        page.wait_for_function(
+            "() => [...document.querySelector('select[aria-label=Step]').options].some((o) => o.value === '20')", timeout=8000
+        )
+        assert field.input_value() == "half a wo" and page.evaluate("document.activeElement.id") == "search"
+        settled(page, lambda: page.get_by_label("Step", exact=True).select_option("20"))
+        assert page.locator(".count").inner_text().endswith("of 8 answers")
+
+
+def pairs_of(step):
+    head = "the answer to this question of yours is a number, and that number is "
+    rows = []
+    for i in range(4):
+        for role, tail in (("chosen", "42, gladly"), ("rejected", "17 and no more of it" if i else "also 42")):
+            reward = {"chosen": 0.5 - 0.3 * i, "rejected": 0.1}[role]
+            rows.append({"prompt": f"question {i}", "completion": head + tail, "reward": reward, "group": i, "role": role})
+    return rows
+
+
+def test_a_pair_stands_side_by_side_with_its_margin(page, served, tmp_path):
+    run = make_run(tmp_path / "pairs", steps=0)
+    step_file(run / "rollouts", 10, pairs_of(10))
+    book = Book(run)
+    assert [round(m, 6) for m in book.summaries([10])["steps"]["10"]["margin"]] == [0.4, 0.4, 0.1, 0.1, -0.2, -0.2, -0.5, -0.5]
+    with served(Site([book])) as url:
+        visit(page, url, view="rollouts", step=10, step_at=10, row=4)
+        assert "margin −0.2, the wrong way round" in page.locator(".facts").last.inner_text()
+        panes = page.locator(".siblings .tokens")
+        assert panes.count() == 2 and all("tokens the same" in text for text in panes.all_inner_texts())
+        shown = [len(p.split()) for p in panes.all_inner_texts()]
+        settled(page, lambda: page.get_by_role("button", name="show what both begin with").click())
+        assert "tokens the same" not in panes.first.inner_text() and len(panes.first.inner_text()) > shown[0]
+        assert panes.nth(1).locator(".parting").count() == 1 and "42" in panes.first.inner_text()
+        settled(page, lambda: page.keyboard.press("g"))
+        assert page.locator(".siblings").count() == 0
+        settled(page, lambda: page.keyboard.press("g"))
+        assert page.locator(".siblings").count() == 1
+        visit(page, url, view="rollouts", step=10, sort="margin", order="up")
+        assert shown_rows(page)[:2] == ["row-10-6", "row-10-7"]
+        visit(page, url, view="rollouts", step=10, margin_max="0")
+        assert count(page) == 4 and page.get_by_label("margin, at most").input_value() == "0"
+        visit(page, url, view="rollouts", step=10, step_at=10, row=0)
+        assert "margin 0.4" in page.locator(".facts").last.inner_text()
 
 
 def test_a_zoom_and_the_charts_stay_while_a_run_grows(page, served, tmp_path, monkeypatch):

@@ -79,7 +79,10 @@ def test_a_summary_says_of_each_row_what_its_tokens_say(run):
         assert summary["kl"][i] == pytest.approx(sum(row["kl"]), rel=1e-3)
         assert summary["delta_max"][i] == pytest.approx(max(abs(x) for x in row["delta_ref"]), rel=1e-4)
         assert summary["push"][i] == pytest.approx(sum(abs(x) for x in row["push"]), rel=1e-3)
-        assert summary["parts"]["exact"][i] == pytest.approx(row["reward"] + 0.05, abs=1e-4) and summary["prompts"][summary["prompt"][i]] == row["prompt"]
+        assert (
+            summary["parts"]["exact"][i] == pytest.approx(row["reward"] + 0.05, abs=1e-4)
+            and summary["prompts"][summary["prompt"][i]] == row["prompt"]
+        )
         detail = book.rows(10).detail(i)
         assert "".join(detail["tokens"]) == row["completion"] and detail["channels"]["push"] == pytest.approx(row["push"], rel=1e-4)
         assert len(detail["tokens"]) == len(detail["ids"]) and detail["checker"]["exact"]["gold"] == "42"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ def cut_into(text: str, size: int = 3, most: int = 400) -> list[int]:
     """Byte offsets of tokens of a few bytes each, `most` at most, and of a stop token without text."""
     whole = text.encode("utf-8", "replace")
     return [*range(0, max(1, len(whole)), max(size, len(whole) // most + 1)), len(whole)]
+
+
+def ids_of(text: str, offsets: Sequence[int]) -> list[int]:
+    """A number for each token, the same for the same bytes."""
+    whole = text.encode("utf-8", "replace")
+    return [zlib.crc32(whole[a:b]) % 50_000 for a, b in zip(offsets, [*offsets[1:], len(whole)], strict=True)]
 
 
 def step_file(folder: Path, step: int, answers: Sequence[Mapping[str, Any]], *, seed: int = 0, channels: bool = True) -> Path:
@@ -50,8 +57,10 @@ def step_file(folder: Path, step: int, answers: Sequence[Mapping[str, Any]], *, 
         "advantage": pa.array([float(a.get("advantage", 0.5)) for a in answers], pa.float32()), "group_mean": pa.array([0.5] * len(answers), pa.float32()),
         "group_std": pa.array([0.25] * len(answers), pa.float32()), "dropped_reason": pa.array([a.get("dropped") for a in answers], pa.string()),
         "checker": [json.dumps({"exact": {"extracted": text(a["completion"])[:20], "gold": "42", "reason": "differs from character 0 on"}}) for a in answers],
-        "ids": lists(np.arange(total, dtype=np.uint32) % 97), "mask": lists(np.ones(total, np.uint8)), "text_offsets": lists(np.concatenate(offsets).astype(np.int32)),
+        "ids": lists(np.array([n for a, o in zip(answers, offsets, strict=True) for n in ids_of(str(a["completion"]), o)], np.uint32)), "mask": lists(np.ones(total, np.uint8)), "text_offsets": lists(np.concatenate(offsets).astype(np.int32)),
     }  # fmt: skip
+    if any("role" in a for a in answers):
+        columns["role"] = pa.array([a.get("role") for a in answers], pa.string())
     if channels:
         values = {name: generator.normal(0, 1, total).astype(np.float16) for name in FLOATS}
         values["entropy"], values["kl"] = np.abs(values["entropy"]), np.abs(values["kl"])

@@ -134,7 +134,7 @@ class Rows:
             "prompts": [cut(first[key], PROMPT) for key in known], "completion": [cut(text, SNIPPET) for text in completions],
             "reward": [number(x) for x in self.plain("reward")], "advantage": [number(x) for x in self.plain("advantage")],
             "length": lengths, "truncated": [int(bool(x)) for x in self.plain("truncated")], "finish": self.plain("finish_reason"),
-            "dropped": self.plain("dropped_reason"), "role": self.plain("role"), "split": self.plain("split"),
+            "dropped": self.plain("dropped_reason"), "role": self.plain("role"), "split": self.plain("split"), "margin": self.margins(),
             "clipped": [None if x is None else int(x) for x in self.per_row("clip", lambda v: float((np.abs(v) == 1).sum()))],
             "kl": [number(x) for x in self.per_row("kl", lambda v: float(v.sum()))],
             "delta_max": [number(x) for x in self.per_row("delta_ref", lambda v: float(np.abs(v).max()))],
@@ -152,6 +152,19 @@ class Rows:
         parts = self.table["rewards"].type if self.has("rewards") else None
         names = [field.name for field in parts] if parts is not None and pa.types.is_struct(parts) else []
         return {name: float(known[name]) if isinstance(known.get(name), (int, float)) else 1.0 for name in names}
+
+    def margins(self) -> list[Any]:
+        """Of the two answers of a pair how far the chosen one is ahead of the rejected one; None for all other answers."""
+        roles, rewards, groups = self.plain("role"), self.plain("reward"), self.groups
+        sides: dict[int, dict[str, Any]] = {}
+        for group, role, reward in zip(groups, roles, rewards, strict=True):
+            if role in ("chosen", "rejected"):
+                sides.setdefault(group, {})[role] = reward
+        ahead = {
+            group: number(pair["chosen"] - pair["rejected"])
+            for group, pair in sides.items() if len(pair) == 2 and None not in pair.values()
+        }  # fmt: skip
+        return [ahead.get(group) if role in ("chosen", "rejected") else None for group, role in zip(groups, roles, strict=True)]
 
     def parts(self) -> dict[str, list[Any]]:
         """Every part of the reward as a column, before its weight."""
@@ -172,7 +185,7 @@ class Rows:
         channels = {name: [number(x) for x in one[name]] for name in self.channels if one.get(name) is not None}
         return {
             "step": self.step, "row": row, "group": self.groups[row], "key": key_of(prompt), "prompt": prompt, "completion": completion,
-            "messages": one.get("messages"), "finish": one.get("finish_reason"), "reward": number(one.get("reward")), "role": one.get("role"),
+            "messages": one.get("messages"), "finish": one.get("finish_reason"), "reward": number(one.get("reward")), "role": one.get("role"), "margin": self.margins()[row],
             "parts": {name: number(x) for name, x in (one.get("rewards") or {}).items()}, "weights": self.weights, "checker": _json(one.get("checker")),
             "advantage": number(one.get("advantage")), "group_mean": number(one.get("group_mean")), "group_std": number(one.get("group_std")),
             "length": one.get("length") if one.get("length") is not None else len(completion), "truncated": bool(one.get("truncated")),

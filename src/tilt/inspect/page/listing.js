@@ -2,9 +2,9 @@
 import { element, button, choice, shown, inert, finite, say } from "tilt/parts";
 
 const HEIGHT = 46;
-const SORTS = [["", "as stored"], ["reward", "reward"], ["advantage", "advantage"], ["kl", "KL"], ["delta_max", "max |Δ|"], ["push", "push"], ["length", "length"], ["entropy", "entropy"], ["clipped", "clipped"], ["repetition", "repetition"]];
+const SORTS = [["", "as stored"], ["reward", "reward"], ["margin", "margin of the pair"], ["advantage", "advantage"], ["kl", "KL"], ["delta_max", "max |Δ|"], ["push", "push"], ["length", "length"], ["entropy", "entropy"], ["clipped", "clipped"], ["repetition", "repetition"]];
 export const FILTERS = [
-  ["reward", "reward"], ["advantage", "advantage"], ["length", "length"], ["clipped", "clipped tokens"], ["kl", "KL"],
+  ["reward", "reward"], ["advantage", "advantage"], ["length", "length"], ["clipped", "clipped tokens"], ["kl", "KL"], ["margin", "margin"],
 ];
 
 // The answers of some steps as flat columns.
@@ -85,8 +85,8 @@ export function listView(app, listing, entries, total) {
       element("span", { class: "bar-box", "aria-hidden": "true" }, element("span", { class: "fill", style: { width: `${Math.round(share * 100)}%` } })),
       element("span", { class: "reward", text: shown(reward) }),
       element("span", { class: "text", text: inert(rows.completion[i]) || "(nothing)" }),
-      element("span", { class: "marks quiet", text: [state.step === "all" ? `step ${step}` : "", rows.role[i] ?? "", `${rows.length[i]} tok`, finite(rows.advantage[i]) ? `A ${shown(rows.advantage[i], 2)}` : "",
-        finite(rows.kl[i]) ? `KL ${shown(rows.kl[i], 2)}` : "", rows.clipped[i] ? `${rows.clipped[i]} clipped` : "", rows.truncated[i] ? "cut" : "", rows.dropped[i] ?? "", rows.odd[i] ? "suspect" : ""].filter(Boolean).join(" · ") }));
+      element("span", { class: "marks quiet", text: [state.step === "all" ? `step ${step}` : "", rows.role[i] ?? "", `${rows.length[i]} tok`, finite(rows.advantage[i]) && !rows.role[i] ? `A ${shown(rows.advantage[i], 2)}` : "",
+        finite(rows.kl[i]) ? `KL ${shown(rows.kl[i], 2)}` : "", finite(rows.margin?.[i]) ? `margin ${shown(rows.margin[i], 2)}` : "", rows.clipped[i] ? `${rows.clipped[i]} clipped` : "", rows.truncated[i] ? "cut" : "", rows.dropped[i] ?? "", rows.odd[i] ? "suspect" : ""].filter(Boolean).join(" · ") }));
     made.style.transform = `translateY(${number * HEIGHT * squeeze - (squeeze < 1 ? 0 : 0)}px)`;
     return made;
   };
@@ -133,12 +133,12 @@ export function filterBar(app, listing) {
       choice("Step", [["all", "all steps"], ...app.steps.map(entryOf)], state.step, (v) => app.go({ step: v, row: "0", group: null })),
       element("input", { type: "search", id: "search", placeholder: "text~  ( / )", "aria-label": "Text in prompt or answer", value: state.q ?? "", onchange: (e) => app.go({ q: e.target.value || null }),
         onkeydown: (e) => { if (e.key === "Enter") document.querySelector(".rows").focus({ preventScroll: true }); } }),
-      choice("Sort by", SORTS, state.sort ?? "", set("sort")),
+      choice("Sort by", SORTS.filter(([name]) => name !== "margin" || roles.length || state.sort === "margin"), state.sort ?? "", set("sort")),
       button(state.order === "up" ? "↑" : "↓", () => app.go({ order: state.order === "up" ? null : "up" }), { "aria-label": state.order === "up" ? "rising" : "falling", class: "small" }),
       button("suspects", () => app.go({ odd: state.odd === "1" ? null : "1" }), { "aria-pressed": state.odd === "1", title: "among the best tenth and odd: far from the reference, repetitive, cut or very short" })),
     element("details", { open: active.some((n) => n !== "q" && n !== "odd") }, element("summary", { text: `filters${active.length ? ` (${active.length})` : ""}` }),
       element("div", { class: "grid" },
-        FILTERS.map(([name, label]) => element("div", { class: "pair" }, element("span", { class: "quiet", text: label }), limit(name, "min", label), limit(name, "max", label))),
+        FILTERS.filter(([name]) => name !== "margin" || roles.length || state.margin_min !== undefined || state.margin_max !== undefined).map(([name, label]) => element("div", { class: "pair" }, element("span", { class: "quiet", text: label }), limit(name, "min", label), limit(name, "max", label))),
         groups.length > 1 ? element("div", { class: "pair" }, element("span", { class: "quiet", text: "group" }), choice("Group", [["", "all"], ...groups.map((g) => [String(g), String(g)])], state.group ?? "", set("group"))) : null,
         splits.length > 1 ? element("div", { class: "pair" }, element("span", { class: "quiet", text: "split" }), choice("Split", [["", "all"], ...splits.map((g) => [g, g])], state.split ?? "", set("split"))) : null,
         roles.length ? element("div", { class: "pair" }, element("span", { class: "quiet", text: "role" }), choice("Role", [["", "all"], ...roles.map((g) => [g, g])], state.role ?? "", set("role"))) : null,

@@ -15,7 +15,7 @@ const KEYS = [["j k", "next, previous answer; ↓ ↑ in the list"], ["n p, → 
 
 export const app = {
   source: null, runs: [], comparisons: [], run: "0", header: null, steps: [], curves: null, other: null, otherName: "", state: {}, current: null, leaving: [], listing: null, entries: [], kept: null, grow: null, late: false,
-  go, pick, hover, hoverNode, unhover, nextToken, onleave: (act) => app.leaving.push(act),
+  go, pick, hover, hoverNode, unhover, nextToken, toggleGroup, onleave: (act) => app.leaving.push(act),
 };
 
 function readState() {
@@ -32,6 +32,12 @@ function go(changes) {
   const small = Object.keys(changes).every((k) => ["token", "row", "step_at", "threshold"].includes(k));
   history[small ? "replaceState" : "pushState"](null, "", hash);
   return draw();
+}
+
+// A pair stands side by side unless it is closed, other groups are opened.
+function toggleGroup() {
+  const { grouped, r } = app.current ?? {};
+  return go({ side: !grouped ? "group" : r.role === "chosen" || r.role === "rejected" ? "none" : null });
 }
 
 function pick(step, row, more = {}) { return go({ step_at: String(step), row: String(row), token: null, ...more }); }
@@ -207,7 +213,7 @@ function onkey(event) {
     ArrowDown: inList ? () => move(1) : undefined, ArrowUp: inList ? () => move(-1) : undefined,
     j: () => rollouts && move(1), k: () => rollouts && move(-1), n: () => nextToken(1), p: () => nextToken(-1), ArrowRight: () => arrows && nextToken(1), ArrowLeft: () => arrows && nextToken(-1),
     "/": () => { if (rollouts) document.getElementById("search").focus(); else go({ view: "rollouts" }).then?.(() => document.getElementById("search")?.focus()); },
-    g: () => rollouts && go({ side: state.side === "group" ? null : "group" }), s: () => rollouts && go({ side: state.side === "same" ? null : "same" }), i: () => go({ ids: state.ids === "1" ? null : "1" }),
+    g: () => rollouts && app.toggleGroup(), s: () => rollouts && go({ side: state.side === "same" ? null : "same" }), i: () => go({ ids: state.ids === "1" ? null : "1" }),
     o: () => go({ view: "overview" }), r: () => go({ view: "rollouts" }), c: () => go({ view: "changed" }), m: () => go({ view: "compare" }), a: () => go({ view: "about" }), t: turnTheme, "?": help,
   }[event.key] ?? (/^[1-9]$/.test(event.key) && app.current && app.current.names[Number(event.key) - 1] ? () => go({ channel: app.current.names[Number(event.key) - 1] }) : null);
   if (act) { event.preventDefault(); act(); }

@@ -11,7 +11,7 @@ export function tokenText(r, t) {
 }
 
 // A long answer is drawn in chunks, each a block of its own that is laid out only near the screen. `renew` changes what is pinned or marked without drawing anew.
-export function tokensView(app, r, { channel, scale, pinned = null, threshold = null, mark = null, onpick = () => {} }) {
+export function tokensView(app, r, { channel, scale, pinned = null, threshold = null, mark = null, folded = 0, onpick = () => {} }) {
   const values = r.channels[channel] ?? [];
   const box = element("div", { class: `tokens${app.state.ids === "1" ? " with-ids" : ""}`, lang: "und", dir: "auto" });
   if (!r.tokens.length) {
@@ -35,7 +35,8 @@ export function tokensView(app, r, { channel, scale, pinned = null, threshold = 
     node.classList.toggle("pinned", t === pinned);
     node.classList.toggle("over", threshold !== null && finite(values[t]) && Math.abs(values[t]) >= threshold);
   };
-  const nodes = [];
+  const nodes = [], first = Math.min(folded, r.tokens.length);
+  if (first) { nodes.length = first; box.append(element("span", { class: "folded", text: `${first} tokens the same`, title: inert(r.tokens.slice(0, first).map((t) => t ?? "").join(""), 2000) })); }
   const more = () => {
     const from = nodes.length, end = Math.min(r.tokens.length, from + CHUNK);
     for (let t = from; t < end; t++) nodes.push(token(t));
@@ -80,7 +81,8 @@ export async function rolloutView(app, step, row) {
   const names = Object.keys(header.channels).filter((n) => r.channels[n]);
   const channel = names.includes(state.channel) ? state.channel : names.includes("delta_ref") && r.channels.delta_ref.some(finite) ? "delta_ref" : names[0] ?? "";
   const about = header.channels[channel] ?? { title: "no channel", kind: "diverging", unit: "" };
-  const group = state.side === "group" ? await source.siblings(run, step, row) : null;
+  const paired = r.role === "chosen" || r.role === "rejected";
+  const group = state.side === "group" || (paired && state.side === undefined) ? await source.siblings(run, step, row) : null;
   const scale = scaleOf(about.kind, [r, ...group?.rows ?? []].map((one) => one.channels[channel]));
   app.current = { r, channel, names };
   const values = r.channels[channel] ?? [];
@@ -95,7 +97,8 @@ export async function rolloutView(app, step, row) {
     element("div", { class: "bar facts" },
       element("h2", { text: `step ${step}, answer ${row}${r.role ? `, ${r.role}` : ""}` }),
       element("span", {}, element("b", { text: `reward ${shown(r.reward)}` }), r.reckoned ? ` ${inert(r.reckoned, 400)}` : ""),
-      element("span", { text: `A ${shown(r.advantage)}` }), element("span", { text: `${r.length} tokens, ${r.finish ?? (r.truncated ? "cut" : "")}` }),
+      finite(r.margin) ? element("span", { class: r.margin > 0 ? "" : "warn", text: `margin ${shown(r.margin)}${r.margin > 0 ? "" : r.margin < 0 ? ", the wrong way round" : ", a tie"}` }) : null,
+      paired ? null : element("span", { text: `A ${shown(r.advantage)}` }), element("span", { text: `${r.length} tokens, ${r.finish ?? (r.truncated ? "cut" : "")}` }),
       r.channels.kl ? element("span", { text: `KL ${shown(sum(r.channels.kl))}` }) : null,
       clipped !== null ? element("span", { text: `clipped ${clipped}/${r.tokens.length}` }) : null,
       r.push_score !== null && r.push_score !== undefined ? element("span", { text: `push of the score ${shown(r.push_score)}` }) : null,
@@ -125,10 +128,11 @@ export async function rolloutView(app, step, row) {
     view.append(strip(both ? "value and return" : about.title, both ? r.channels.value ?? values : values, pinned, (t) => app.go({ token: String(t) }), { second: both ? r.channels.return ?? null : null, base: about.kind === "ratio" ? 1 : 0 }));
   }
   if (pinned !== null && pinned < r.tokens.length) view.append(element("section", { class: "pinned-card", "aria-label": "Pinned token" }, tokenCard(app, r, pinned)));
-  const tabs = element("div", { class: "bar" }, button("group (g)", () => app.go({ side: state.side === "group" ? null : "group" }), { "aria-pressed": state.side === "group" }),
+  const tabs = element("div", { class: "bar" }, button(paired ? "pair (g)" : "group (g)", () => app.toggleGroup(), { "aria-pressed": Boolean(group) }),
     button("same prompt over the steps (s)", () => app.go({ side: state.side === "same" ? null : "same" }), { "aria-pressed": state.side === "same" }));
   view.append(tabs);
-  if (group) view.append(groupView(app, group, channel, scale));
+  app.current.grouped = Boolean(group);
+  if (group) view.append(groupView(app, group, channel, scale, paired));
   if (state.side === "same") view.append(await sameView(app, step, row));
   return view;
 }
@@ -136,12 +140,16 @@ export async function rolloutView(app, step, row) {
 const sum = (values) => values.reduce((a, v) => a + (finite(v) ? v : 0), 0);
 
 // The answers to one prompt, on the scale of the answer above them.
-function groupView(app, { rows, divergence }, channel, scale) {
-  return element("section", { class: "group", "aria-label": "Answers to the same prompt" },
+function groupView(app, { rows, divergence }, channel, scale, paired) {
+  // of a pair the beginning that both share is folded; the margin is decided after it
+  const shared = paired ? Math.min(...divergence.filter((d) => d !== null && d !== undefined), ...rows.map((r) => r.tokens.length)) : 0;
+  const folded = app.state.prefix === "1" || shared < 6 || !Number.isFinite(shared) ? 0 : shared;
+  return element("section", { class: "group", "aria-label": paired ? "The pair" : "Answers to the same prompt" },
+    shared >= 6 && Number.isFinite(shared) ? element("div", { class: "bar" }, button(folded ? "show what both begin with" : "fold what both begin with", () => app.go({ prefix: folded ? "1" : null }))) : null,
     element("div", { class: "siblings" }, rows.map((r, k) => element("article", { class: k === 0 ? "chosen" : "" },
-      element("div", { class: "bar" }, button(`answer ${r.row}${r.role ? `, ${r.role}` : ""}`, () => app.pick(r.step, r.row), { class: "link" }), element("b", { text: shown(r.reward) }), element("span", { class: "quiet", text: `A ${shown(r.advantage, 2)}` }),
+      element("div", { class: "bar" }, button(`answer ${r.row}${r.role ? `, ${r.role}` : ""}`, () => app.pick(r.step, r.row), { class: "link" }), element("b", { text: shown(r.reward) }), paired ? null : element("span", { class: "quiet", text: `A ${shown(r.advantage, 2)}` }),
         element("span", { class: "quiet", text: k === 0 ? "" : divergence[k] === null ? "the same" : `parts at ${divergence[k]}` })),
-      tokensView(app, r, { channel, scale, mark: divergence[k], onpick: (t) => app.pick(r.step, r.row, { token: String(t) }) })))));
+      tokensView(app, r, { channel, scale, mark: divergence[k], folded, onpick: (t) => app.pick(r.step, r.row, { token: String(t) }) })))));
 }
 
 async function sameView(app, step, row) {
