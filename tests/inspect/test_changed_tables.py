@@ -141,19 +141,19 @@ def test_parts_of_the_reward_and_how_they_go_with_length_and_kl():
     found = changed(table)["parts"]
     lines = {line["name"]: line for line in found["lines"]}
     assert (
-        list(lines) == ["exact", "format", "long", "reward", "length", "KL"]
+        list(lines) == ["exact", "format", "long", "whole reward", "tokens", "KL, nats"]
         and lines["long"]["weight"] == 0.5
-        and lines["length"]["weight"] is None
+        and lines["tokens"]["weight"] is None
     )
     assert lines["exact"]["mean"] == 0.5 and lines["exact"]["std"] == 0.5 and lines["long"]["known"] == 8
     names = list(lines)
     together = {(a, b): found["together"][i][j] for i, a in enumerate(names) for j, b in enumerate(names)}
     assert (
-        together["long", "length"] == pytest.approx(1)
+        together["long", "tokens"] == pytest.approx(1)
         and together["exact", "format"] is None
-        and together["length", "KL"] == pytest.approx(1, abs=1e-4)
+        and together["tokens", "KL, nats"] == pytest.approx(1, abs=1e-4)
     )
-    assert together["exact", "reward"] == pytest.approx(np.corrcoef([i % 2 for i in range(8)], total)[0, 1], abs=1e-4)
+    assert together["exact", "whole reward"] == pytest.approx(np.corrcoef([i % 2 for i in range(8)], total)[0, 1], abs=1e-4)
 
 
 def test_a_tail_pieced_together_from_what_was_said_is_found_too():

@@ -143,10 +143,15 @@ def changed(table: pa.Table, *, classes: Classes = kind_of, step: int = 0) -> di
     }  # fmt: skip
 
 
+def _known(values: Floats) -> Floats:
+    """0 for what is not known; what is infinite stays so."""
+    return np.where(np.isnan(values), 0.0, values)
+
+
 def _sums(groups: np.ndarray[Any, Any], size: int, found: Mapping[str, Floats], name: str) -> list[float | None]:
     if name not in found:
         return [None] * size
-    return [number(x) for x in np.bincount(groups, np.nan_to_num(found[name]), size)]
+    return [number(x) for x in np.bincount(groups, _known(found[name]), size)]
 
 
 def by_token(texts: Sequence[str], kinds: Sequence[str], found: Mapping[str, Floats]) -> dict[str, Any]:
@@ -159,7 +164,7 @@ def by_token(texts: Sequence[str], kinds: Sequence[str], found: Mapping[str, Flo
     counts = np.bincount(which, minlength=len(known))
     columns = {key: _sums(which, len(known), found, name) for key, name in (("push", "push"), ("delta", "delta_ref"), ("result", "result"))}
     kind = dict(zip(texts, kinds, strict=True))
-    weight = np.bincount(which, np.nan_to_num(found[order]), len(known))
+    weight = np.bincount(which, _known(found[order]), len(known))
     names = list(known)
 
     def line(i: int) -> dict[str, Any]:
@@ -211,7 +216,7 @@ def by_entropy(found: Mapping[str, Floats]) -> dict[str, Any]:
     def share(name: str) -> float | None:
         if name not in found:
             return None
-        values = np.abs(np.nan_to_num(found[name]))[known]
+        values = np.abs(_known(found[name]))[known]
         return number(values[top[known]].sum() / values.sum()) if values.sum() > 0 else None
 
     return {
@@ -279,19 +284,21 @@ def by_class(kinds: Sequence[str], found: Mapping[str, Floats]) -> list[dict[str
 def by_part(rows: Rows, tokens: Tokens, found: Mapping[str, Floats]) -> dict[str, Any]:
     """What the answers' rewards are made of: mean, deviation and weight of every part, and how they go together over the answers of the step, with the whole
     reward, the length and the KL (Pearson's correlation; None where one of two never varies). A reward that follows the length is a reward for length."""
-    columns: dict[str, list[Any]] = rows.parts()
-    weights = {name: rows.weights.get(name, 1.0) for name in columns}
-    columns = {**columns, "reward": rows.plain("reward"), "length": rows.plain("length")}
+    columns: list[tuple[str, float | None, list[Any]]] = [
+        (name, rows.weights.get(name, 1.0), values) for name, values in rows.parts().items()
+    ]
+    columns += [("whole reward", None, rows.plain("reward")), ("tokens", None, rows.plain("length"))]
     if "kl" in found:
-        columns["KL"] = [number(x) for x in np.bincount(tokens.row, np.nan_to_num(found["kl"]), rows.count)]
-    table = {name: np.array([x if isinstance(x, (int, float)) else np.nan for x in values], np.float64) for name, values in columns.items()}
-    table = {name: values for name, values in table.items() if not np.isnan(values).all()}
-    together = [[number(correlation(a, b)) for b in table.values()] for a in table.values()]
-    lines = [
-        {"name": name, "weight": weights.get(name), "mean": number(np.nanmean(values)), "std": number(np.nanstd(values)), "known": int((~np.isnan(values)).sum())}
-        for name, values in table.items()
-    ]  # fmt: skip
-    return {"lines": lines, "together": together}
+        columns.append(("KL, nats", None, [number(x) for x in np.bincount(tokens.row, _known(found["kl"]), rows.count)]))
+    lines, table = [], []
+    for name, weight, values in columns:
+        numbers = np.array([x if isinstance(x, (int, float)) else np.nan for x in values], np.float64)
+        known = np.isfinite(numbers)
+        if known.any():
+            table.append(np.where(known, numbers, np.nan))
+            mean, deviation = numbers[known].mean(), numbers[known].std()
+            lines.append({"name": name, "weight": weight, "mean": number(mean), "std": number(deviation), "known": int(known.sum())})
+    return {"lines": lines, "together": [[number(correlation(a, b)) for b in table] for a in table]}
 
 
 def correlation(a: Floats, b: Floats) -> float | None:

@@ -99,7 +99,7 @@ def likelihoods(found: Sequence[Asked], row: Preference, anchor: Tensor | None) 
     actions = {"new_logprobs": new, "push": push}
     if anchor is not None:
         gap = new - anchor.float()
-        actions |= {"reference_logprobs": anchor, "delta_ref": gap, "kl": torch.expm1(-gap) + gap}
+        actions |= {"reference_logprobs": anchor, "delta_ref": gap}  # and no KL: these tokens were not drawn from the policy
     scale = getattr(row.link, "beta", None) or getattr(row.margin, "beta", None) or 1.0
     parts = actions.get("delta_ref", new).split([one.laid.pack.layout.actions for one in found])
     sums = [segment_sum(part, one.laid.pack.layout.to("cpu")) for part, one in zip(parts, found, strict=True)]

@@ -76,7 +76,7 @@ export function overview(app) {
     place.append(box);
   }
   const stack = stacked(app, names, sync);
-  if (stack) { charts.push(stack); place.append(stack.box); }
+  if (stack) { charts.push(stack); place.insertBefore(stack.box, place.children[1] ?? null); }
   const more = choice("Add a metric", [["", "add a metric …"], ...names.filter((n) => !wanted.some(([, l]) => l.includes(n))).map((n) => [n, n])], "", (name) => {
     if (name) app.go({ more: [state.more, name].filter(Boolean).join("|") });
   });

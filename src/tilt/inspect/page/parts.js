@@ -29,7 +29,8 @@ export function shown(value, digits = 3) {
 
 export const finite = (value) => typeof value === "number" && Number.isFinite(value);
 
-const MARKS = { "\n": "↵\n", "\t": "⇥", "\r": "␍", " ": "\u2423" };
+// A line may break before a space that is drawn.
+const MARKS = { "\n": "↵\n", "\t": "⇥", "\r": "␍", " ": "\u200b\u2423" };
 const HIDDEN = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
 
 // Text with what is invisible or would move other text written out: U+202E → ⟨202E⟩.
