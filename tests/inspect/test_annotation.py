@@ -18,6 +18,7 @@ from tilt.inspect.annotation import (
     beats,
     cohen,
     fleiss,
+    kendall,
     krippendorff,
     order_of,
     preferences,
@@ -109,6 +110,33 @@ def test_krippendorff_by_the_published_example():
     units = [[int(v) for v in column if v != "."] for column in zip(*(row.split() for row in rows), strict=True)]
     assert krippendorff(units) == pytest.approx(0.743, abs=5e-4) and krippendorff(units, ordinal=True) == pytest.approx(0.815, abs=5e-4)
     assert krippendorff([[1, 1], [2, 2]]) == 1 and math.isnan(krippendorff([[1, 1], [1, 1]]))
+
+
+def test_kendall_by_hand():
+    """One pair of six the other way round → (5 − 1) / 6; with a tie in each, τ-b divides by the root of the untied pairs."""
+    assert kendall([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6) and kendall([1, 2, 3], [3, 2, 1]) == -1
+    assert kendall([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / math.sqrt(2 * 3)) and math.isnan(kendall([2, 2], [1, 2]))
+
+
+def test_agreement_over_rankings_by_hand(tmp_path):
+    """Two annotators rank three answers to two prompts: (1 2 3; 2 1 3) and (1 2 3; 1 2 3)."""
+    place = tmp_path / "ranked"
+    write_items(place, [Item(f"p{i}", ("a", "b", "c")) for i in range(2)], {"task": "rank"})
+    said = {"ann": [[1, 2, 3], [2, 1, 3]], "bob": [[1, 2, 3], [1, 2, 3]]}
+    for name, values in said.items():
+        labels = Labels.open(place, name, "rank")
+        for i, value in enumerate(values):
+            labels.say(i, [value[k] for k in labels.shown(i)])
+    found = agreement(place, "rank")
+    both = found["pairs"][0]
+    assert both["shared"] == 6 and both["percent"] == pytest.approx(100 * 4 / 6) and both["tau"] == pytest.approx((1 + 1 / 3) / 2)
+    # six units; chance: each place a third → κ = (4/6 − 1/3) / (2/3)
+    assert both["kappa"] == pytest.approx(0.5)
+    # ordinal α by hand: values 1, 2, 3 four times each; δ(1,2)² = δ(2,3)² = 16, δ(1,3)² = 64; two units of (1, 2) differ
+    observed, expected = 2 * 2 * 16 / 12, 2 * (16 * 16 + 16 * 16 + 16 * 64) / (12 * 11)
+    assert found["alpha"] == pytest.approx(1 - observed / expected)
+    rows, left = preferences(place, "rank")
+    assert len(rows) == 5 and left["pairs without a winner (ties, or as many votes each way)"] == 1
 
 
 def test_agreement_of_a_folder_is_that_of_its_formulas(folder):

@@ -241,9 +241,8 @@ def _summary(folder: Path, *, export: bool) -> None:
         print(f"{name:<24}{count:>6} labels")
     shown: Callable[[float | None], str] = lambda x: "–" if x is None or math.isnan(x) else f"{x:.3f}"
     for pair in found["pairs"]:
-        print(
-            f"{' and '.join(pair['annotators']):<36}{pair['shared']:>6} shared  {pair['percent']:5.1f} % the same  Cohen's κ {shown(pair['kappa'])}"
-        )
+        names, further = " and ".join(pair["annotators"]), "" if task == "pair" else f"  mean Kendall's τ {shown(pair['tau'])}"
+        print(f"{names:<36}{pair['shared']:>6} shared  {pair['percent']:5.1f} % the same  Cohen's κ {shown(pair['kappa'])}{further}")
     if found["fleiss"] is not None:
         print(f"Fleiss' κ {shown(found['fleiss'])}")
     print(f"Krippendorff's α {shown(found['alpha'])} ({'nominal' if task == 'pair' else 'ordinal'})")

@@ -98,7 +98,7 @@ export async function rolloutView(app, step, row) {
       element("h2", { text: `step ${step}, answer ${row}${r.role ? `, ${r.role}` : ""}` }),
       element("span", {}, element("b", { text: `reward ${shown(r.reward)}` }), r.reckoned ? ` ${inert(r.reckoned, 400)}` : ""),
       finite(r.margin) ? element("span", { class: r.margin > 0 ? "" : "warn", text: `margin ${shown(r.margin)}${r.margin > 0 ? "" : r.margin < 0 ? ", the wrong way round" : ", a tie"}` }) : null,
-      paired ? null : element("span", { text: `A ${shown(r.advantage)}` }), element("span", { text: `${r.length} tokens, ${r.finish ?? (r.truncated ? "cut" : "")}` }),
+      paired || r.advantage === null ? null : element("span", { text: `A ${shown(r.advantage)}` }), element("span", { text: [`${r.length} tokens`, r.finish ?? (r.truncated ? "cut" : "")].filter(Boolean).join(", ") }),
       r.channels.kl ? element("span", { text: `KL ${shown(sum(r.channels.kl))}` }) : null,
       clipped !== null ? element("span", { text: `clipped ${clipped}/${r.tokens.length}` }) : null,
       r.push_score !== null && r.push_score !== undefined ? element("span", { text: `push of the score ${shown(r.push_score)}` }) : null,
@@ -147,7 +147,7 @@ function groupView(app, { rows, divergence }, channel, scale, paired) {
   return element("section", { class: "group", "aria-label": paired ? "The pair" : "Answers to the same prompt" },
     shared >= 6 && Number.isFinite(shared) ? element("div", { class: "bar" }, button(folded ? "show what both begin with" : "fold what both begin with", () => app.go({ prefix: folded ? "1" : null }))) : null,
     element("div", { class: "siblings" }, rows.map((r, k) => element("article", { class: k === 0 ? "chosen" : "" },
-      element("div", { class: "bar" }, button(`answer ${r.row}${r.role ? `, ${r.role}` : ""}`, () => app.pick(r.step, r.row), { class: "link" }), element("b", { text: shown(r.reward) }), paired ? null : element("span", { class: "quiet", text: `A ${shown(r.advantage, 2)}` }),
+      element("div", { class: "bar" }, button(`answer ${r.row}${r.role ? `, ${r.role}` : ""}`, () => app.pick(r.step, r.row), { class: "link" }), element("b", { text: shown(r.reward) }), paired || r.advantage === null ? null : element("span", { class: "quiet", text: `A ${shown(r.advantage, 2)}` }),
         element("span", { class: "quiet", text: k === 0 ? "" : divergence[k] === null ? "the same" : `parts at ${divergence[k]}` })),
       tokensView(app, r, { channel, scale, mark: divergence[k], folded, onpick: (t) => app.pick(r.step, r.row, { token: String(t) }) })))));
 }
