@@ -63,26 +63,35 @@ def text_offsets(tokens: Sequence[int], text: str, spelling: Spelling) -> list[i
     if None not in spelled:
         whole = [piece or b"" for piece in spelled]
         bare = [b"" if token in spelling.special else piece for token, piece in zip(tokens, whole, strict=True)]
-        for pieces in (whole, bare):
-            for strip in (0, 1):  # SentencePiece drops the first space of a text
-                starts = _place(pieces, target, strip)
-                if starts is not None:
-                    return starts
+        for place in (_place, _place_replaced):  # most texts hold nothing that is no UTF-8: all ways are tried for those first
+            for pieces in (whole, bare):
+                for strip in (0, 1):  # SentencePiece drops the first space of a text
+                    starts = place(pieces, target, strip)
+                    if starts is not None:
+                        return starts
     return _by_decoding(tokens, target, spelling.tokenizer)
 
 
 def _place(pieces: Sequence[bytes], target: bytes, strip: int) -> list[int] | None:
-    """Starts of the pieces in the target where they are its bytes, up to � for what is no UTF-8; nothing otherwise."""
+    """Starts of the pieces in the target where they are its bytes; nothing otherwise."""
+    raw = b"".join(pieces)
+    if raw[strip:] != target or (strip and not raw.startswith(b" ")):
+        return None
+    return _starts(pieces, strip)
+
+
+def _place_replaced(pieces: Sequence[bytes], target: bytes, strip: int) -> list[int] | None:
+    """The same where the target has � for what is no UTF-8 in the pieces."""
     raw = b"".join(pieces)
     if strip and not raw.startswith(b" "):
         return None
-    raw = raw[strip:]
-    ends = [0, *itertools.accumulate(len(piece) for piece in pieces)]
-    starts = [max(0, end - strip) for end in ends[:-1]]
-    if raw == target:
-        return starts
-    shift, shown = _replaced(raw)
-    return [shift[start] for start in starts] if shown == target else None
+    shift, shown = _replaced(raw[strip:])
+    return [shift[start] for start in _starts(pieces, strip)] if shown == target else None
+
+
+def _starts(pieces: Sequence[bytes], strip: int) -> list[int]:
+    ends = [0, *itertools.accumulate(map(len, pieces))]
+    return [max(0, end - strip) for end in ends[:-1]]
 
 
 def _replaced(raw: bytes) -> tuple[list[int], bytes]:

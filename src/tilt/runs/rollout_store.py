@@ -161,23 +161,34 @@ def kept_of(row: Mapping[str, Any]) -> Kept | None:
 
 def _channels(rows: RolloutTable) -> dict[str, pa.Array]:
     """Each channel as one list per rollout with an entry per completion token: float16, NaN where a token is no action; `clip` is int8, null there."""
-    masks = [np.asarray(r.sampled, bool) for r in rows.rollouts]
-    dropped = list(rows.sequences.get("dropped_reason", [None] * len(masks)))
-    everything = int(sum(m.sum() for m in masks))
-    kept = int(sum(m.sum() for m, reason in zip(masks, dropped, strict=True) if reason is None))
+    starts, sampled = _ends([len(r.tokens) for r in rows.rollouts]), _sampled(rows.rollouts)
+    dropped = list(rows.sequences.get("dropped_reason", [None] * len(rows.rollouts)))
+    used = sampled & np.repeat(np.array([reason is None for reason in dropped], bool), np.diff(starts))
+    everything, kept = int(sampled.sum()), int(used.sum())
     columns = {}
     for name, values in rows.actions.items():
-        flat = values.detach().float().cpu().numpy()
-        assert len(flat) in (everything, kept), f"{name}: {len(flat)} values for {everything} actions ({kept} of them not dropped)"
-        lists, at = [], 0
-        for mask, reason in zip(masks, dropped, strict=True):
-            channel = np.full(len(mask), np.nan, np.float32)
-            if len(flat) == everything or reason is None:
-                channel[mask] = flat[at : at + int(mask.sum())]
-                at += int(mask.sum())
-            lists.append(channel)
-        columns[name] = _clip(lists) if name == "clip" else _lists(lists, np.float16)
+        given = values.detach().float().cpu().numpy()
+        assert len(given) in (everything, kept), f"{name}: {len(given)} values for {everything} actions ({kept} of them not dropped)"
+        flat = np.full(len(sampled), np.nan, np.float32)
+        flat[sampled if len(given) == everything else used] = given
+        if name == "clip":
+            nothing = np.isnan(flat)
+            column = pa.array(np.where(nothing, 0, flat).astype(np.int8), mask=nothing)
+        else:
+            with np.errstate(over="ignore"):  # beyond ±65,504 lies ±inf
+                column = pa.array(flat.astype(np.float16))
+        columns[name] = pa.ListArray.from_arrays(pa.array(starts), column)
     return columns
+
+
+def _ends(lengths: Sequence[int]) -> np.ndarray:
+    """Where each row's list begins, and the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32)
+
+
+def _sampled(rollouts: Sequence[Rollout]) -> np.ndarray:
+    """Of all tokens in a row, which are actions."""
+    return np.fromiter((flag for r in rollouts for flag in r.sampled), bool)
 
 
 def _alternatives(rows: RolloutTable) -> dict[str, pa.Array]:
@@ -186,18 +197,19 @@ def _alternatives(rows: RolloutTable) -> dict[str, pa.Array]:
         return {}
     spelling = Spelling(rows.tokenizer)
     found: dict[str, list[Any]] = {"topk_ids": [], "topk_text": [], "topk_logp": [], "topk_ref": []}
-    ids, policy, reference = (x.tolist() for x in rows.alternatives)
-    known, at = not rows.alternatives.reference.isnan().all(), 0
+    ids, policy, reference = (x.cpu() for x in rows.alternatives)
+    looked, known, at = (ids[:, 0] >= 0).tolist(), not reference.isnan().all(), 0
     for rollout in rows.rollouts:
-        places = range(at, at + sum(rollout.sampled))
-        at += len(places)
-        looked = bool(places) and at <= len(ids) and ids[places[0]][0] >= 0
-        which = iter(places)
-        each = [next(which) if sampled else None for sampled in rollout.sampled] if looked else None
-        for name, values in (("topk_ids", ids), ("topk_logp", policy), ("topk_ref", reference)):
-            found[name].append(None if each is None else [None if i is None else values[i] for i in each])
-        texts = None if each is None else [None if i is None else [spelling.shown(token) for token in ids[i]] for i in each]
-        found["topk_text"].append(texts)
+        first, at = at, at + sum(rollout.sampled)
+        if first == at or at > len(looked) or not looked[first]:
+            for values in found.values():
+                values.append(None)
+            continue
+        these = {name: values[first:at].tolist() for name, values in (("topk_ids", ids), ("topk_logp", policy), ("topk_ref", reference))}
+        these["topk_text"] = [[spelling.shown(token) for token in each] for each in these["topk_ids"]]
+        for name, values in found.items():
+            each = iter(these[name])
+            values.append([next(each) if sampled else None for sampled in rollout.sampled])
     kinds = {"topk_ids": pa.int32(), "topk_text": pa.string(), "topk_logp": pa.float16(), "topk_ref": pa.float16()}
     halves = {"topk_logp", "topk_ref"}
     return {
@@ -209,17 +221,10 @@ def _alternatives(rows: RolloutTable) -> dict[str, pa.Array]:
 
 def _lists(values: Sequence[np.ndarray], kind: type) -> pa.Array:
     """A list column from one array per row; float32 beyond ±65,504 becomes ±inf in float16."""
-    starts = np.concatenate([[0], np.cumsum([len(v) for v in values])]).astype(np.int32)
+    starts = _ends([len(v) for v in values])
     with np.errstate(over="ignore"):
         flat: np.ndarray = np.concatenate([*values, np.zeros(0, kind)]).astype(kind)
     return pa.ListArray.from_arrays(pa.array(starts), pa.array(flat))
-
-
-def _clip(lists: Sequence[np.ndarray]) -> pa.Array:
-    starts = np.concatenate([[0], np.cumsum([len(v) for v in lists])]).astype(np.int32)
-    flat: np.ndarray = np.concatenate([*lists, np.zeros(0, np.float32)])
-    nothing = np.isnan(flat)
-    return pa.ListArray.from_arrays(pa.array(starts), pa.array(np.where(nothing, 0, flat).astype(np.int8), mask=nothing))
 
 
 def _storable(text: str) -> str:
