@@ -13,8 +13,9 @@ from rich.console import Console
 
 from tilt.errors import UsageError
 from tilt.inspect.book import Book
-from tilt.inspect.changed import WORDS, changed, collapse_over, kind_of, leaving, repeats_from, strays_from
+from tilt.inspect.changed import WORDS, Tokens, changed, collapse_over, kind_of, leaving, repeats_from, strays_from
 from tilt.inspect.report import LARGEST, collected, embedded, picked, report, spread, thinned, write_report
+from tilt.inspect.tables import Rows
 from tilt.inspect.terminal import show, spark, visible
 
 TWO = pa.table({
@@ -205,7 +206,7 @@ def test_the_step_and_place_where_a_run_collapses_are_named(tmp_path):
                 a | {"completion": "the sum is forty-two" + " ha" * 30, "token": 3, "finish": "length"} if i % 2 else a
                 for i, a in enumerate(answers)
             ]
-        tables.append((step, pq.read_table(step_file(tmp_path, step, answers))))
+        tables.append(Tokens(Rows(pq.read_table(step_file(tmp_path, step, answers)), step)))
     found = collapse_over(tables)
     assert (
         found["step"] == 20
@@ -216,7 +217,7 @@ def test_the_step_and_place_where_a_run_collapses_are_named(tmp_path):
     head = len(b"the sum is forty-two") // 3
     assert abs(found["position"] - head) <= 3
     assert collapse_over(tables[:2]) is None
-    flags = [f for f in changed(tables[2][1])["collapse"] if f["name"] == "repetition"]
+    flags = [f for f in changed(tables[2].rows.table)["collapse"] if f["name"] == "repetition"]
     assert len(flags) == 8 and all(f["position"] is not None for f in flags)
 
 

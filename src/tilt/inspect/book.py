@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from tilt.errors import DataError, TiltError
-from tilt.inspect.changed import changed, collapse_over
+from tilt.inspect.changed import Tokens, changed_of, collapse_over
 from tilt.inspect.tables import Rows, cut, key_of, number
 from tilt.runs.listing import status_of
 
@@ -268,7 +268,7 @@ class Book:
 
     def changed(self, step: int) -> dict[str, Any]:
         """What this step's update changed, by token, position and class."""
-        return changed(self.rows(step).table) | {"begins": self.collapse()}
+        return changed_of(Tokens(self.rows(step))) | {"begins": self.collapse()}
 
     def collapse(self) -> dict[str, Any] | None:
         """The step and the token at which this run's answers begin to come apart, None where they do not; read from 40 stored steps, and then from those
@@ -301,7 +301,7 @@ class Book:
         return found
 
     def _collapse_over(self, steps: Sequence[int]) -> dict[str, Any] | None:
-        return collapse_over((step, self.rows(step).table) for step in steps)
+        return collapse_over(Tokens(self.rows(step)) for step in steps)
 
     def _text(self, name: str) -> str:
         try:

@@ -99,6 +99,7 @@ class Tokens:
                 place.append(t)
                 keep.append(bool(used))
         self.rows, self.keep = rows, np.array(keep, bool)
+        self.sizes = np.bincount(np.array(owner, int), minlength=rows.count)
         self.text = [text for text, used in zip(texts, keep, strict=True) if used]
         self.row, self.place = np.array(owner, int)[self.keep], np.array(place, int)[self.keep]
         self.count = len(self.text)
@@ -108,25 +109,20 @@ class Tokens:
         if name not in self.rows.channels:
             return None
         starts, values = self.rows.lists(name)
-        sizes = (
-            np.bincount(np.asarray(list(self._owner()), int), minlength=self.rows.count)
-            if len(self.keep)
-            else np.zeros(self.rows.count, int)
-        )
+        sizes = self.sizes
         if not np.array_equal(np.diff(starts)[sizes > 0], sizes[sizes > 0]) or values.size < sizes.sum():
             return None
-        parts = [values[starts[i] : starts[i + 1]] for i in range(self.rows.count) if sizes[i]]
-        return np.concatenate([*parts, np.zeros(0, np.float32)])[self.keep].astype(np.float64)
-
-    def _owner(self) -> Iterable[int]:
-        for i, (completion, offsets) in enumerate(zip(self.rows.completions, self.rows.plain("text_offsets"), strict=True)):
-            yield from [i] * len(pieces(completion, offsets, None)[0])
+        return values[np.repeat(sizes > 0, np.diff(starts))][self.keep].astype(np.float64)
 
 
 def changed(table: pa.Table, *, classes: Classes = kind_of, step: int = 0) -> dict[str, Any]:
     """The tables of a step (or of several, one after the other)."""
-    rows = Rows(table, step)
-    tokens = Tokens(rows)
+    return changed_of(Tokens(Rows(table, step)), classes=classes)
+
+
+def changed_of(tokens: Tokens, *, classes: Classes = kind_of) -> dict[str, Any]:
+    """The same of tokens that were read before."""
+    rows = tokens.rows
     names = ("push", "delta_ref", "result", "kl", "entropy", "clip", "new_logprobs")
     found = {name: values for name in names if (values := tokens.channel(name)) is not None and not np.isnan(values).all()}
     missing = [
@@ -444,17 +440,17 @@ def collapses(rows: Rows, tokens: Tokens) -> list[dict[str, Any]]:
     return found
 
 
-def collapse_over(steps: Iterable[tuple[int, pa.Table]], *, share: float = 0.25) -> dict[str, Any] | None:
+def collapse_over(steps: Iterable[Tokens], *, share: float = 0.25) -> dict[str, Any] | None:
     """Where a run's answers begin to come apart: the first stored step in which a quarter of the answers repeat themselves or leave the reference (and keep doing so
     in the next), the median token at which they do, and the intact head of one that is like the others; and since when as many find no end (`endless`), where they
     did at first. None where nothing comes apart and answers end."""
     seen: list[tuple[int, float, float, list[dict[str, Any]]]] = []
-    for number_, table in steps:
-        rows = Rows(table, number_)
-        flags = [flag for flag in collapses(rows, Tokens(rows)) if flag["name"] != "invalid text"]
+    for tokens in steps:
+        rows = tokens.rows
+        flags = [flag for flag in collapses(rows, tokens) if flag["name"] != "invalid text"]
         bad, size = [flag for flag in flags if flag["name"] in APART], max(1, rows.count)
         cut_off = sum(reason == "length" for reason in rows.plain("finish_reason"))
-        seen.append((number_, len(bad) / size, cut_off / size, bad))
+        seen.append((rows.step, len(bad) / size, cut_off / size, bad))
 
     def first(shares: Sequence[float]) -> int | None:
         return next((k for k, part in enumerate(shares) if part >= share and shares[min(k + 1, len(shares) - 1)] >= share), None)

@@ -87,7 +87,8 @@ def collected(book: Book, room: int) -> dict[str, Any]:
         "changed": {"0": changed}, "comparisons": {},
         "report": {"before_after": before_after(header.get("result")), "samples": cut(_text(book.path / "samples.md"), 60_000)},
     }  # fmt: skip
-    return {key: cleaned(value) for key, value in found.items()}
+    clean = Cleaner()
+    return {key: clean(value) for key, value in found.items()}
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:
@@ -151,17 +152,24 @@ def cut(text: str, limit: int = LONGEST) -> str:
     return text if len(text) <= limit else text[:limit] + "\n…"
 
 
-def cleaned(value: Any) -> Any:
-    """The same with secrets masked in every text, and numbers that JSON cannot hold as texts."""
-    if isinstance(value, str):
-        return masked(value)
-    if isinstance(value, Mapping):
-        return {str(key): cleaned(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [cleaned(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if value != value else "inf" if value > 0 else "-inf"
-    return value
+class Cleaner:
+    """Gives a value with secrets masked in every text, and numbers that JSON cannot hold as texts. Texts that come again are masked once."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, str):
+            if value not in self.texts:
+                self.texts[value] = masked(value)
+            return self.texts[value]
+        if isinstance(value, Mapping):
+            return {str(key): self(each) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self(each) for each in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return "nan" if value != value else "inf" if value > 0 else "-inf"
+        return value
 
 
 def embedded(data: Any) -> str:

@@ -52,6 +52,7 @@ class Rows:
     def __init__(self, table: pa.Table, step: int) -> None:
         self.table, self.step, self.count = table, step, table.num_rows
         self._lists: dict[str, tuple[Floats, Floats]] = {}
+        self._plain: dict[str, list[Any]] = {}
         for name in ("prompt", "completion"):
             if name not in table.column_names or not (pa.types.is_string(table[name].type) or pa.types.is_large_string(table[name].type)):
                 raise DataError(f"step {step} is no file of rollouts: it has no column of texts `{name}`")
@@ -76,8 +77,14 @@ class Rows:
         return name in self.table.column_names
 
     def plain(self, name: str) -> list[Any]:
-        """A column as plain values; None everywhere where it is missing."""
-        return self.table[name].to_pylist() if self.has(name) else [None] * self.count
+        """A column as plain values; None everywhere where it is missing. Columns of single values are kept, lists of tokens are not."""
+        if not self.has(name):
+            return [None] * self.count
+        if pa.types.is_list(self.table[name].type):
+            return list(self.table[name].to_pylist())
+        if name not in self._plain:
+            self._plain[name] = self.table[name].to_pylist()
+        return self._plain[name]
 
     @property
     def prompts(self) -> list[str]:
