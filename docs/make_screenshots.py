@@ -1,4 +1,4 @@
-"""Pictures of the page from a quickstart's run: `python docs/make_screenshots.py runs/QUICKSTART comparison.json`; needs Chromium, playwright and Pillow."""
+"""Pictures of the page: `python docs/make_screenshots.py runs/QUICKSTART comparison.json runs/TOO_FAR` (docs/view.md has the command of the last); needs Chromium, playwright and Pillow."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ from tilt.tasks import manners
 
 PLACE = Path(__file__).parent / "view"
 SHOTS = {
-    "overview": "view=overview", "rollout": "view=rollouts&step=20&step_at=20&row=4&token=0&side=group", "changed": "view=changed&step=20", "dark": "view=rollouts&step=40&sort=kl&channel=push", "compare": "view=compare", "about": "view=about",
+    "overview": "view=overview", "rollout": "view=rollouts&step=20&step_at=20&row=4&token=0&side=group", "changed": "view=changed&step=20", "dark": "view=rollouts&step=40&sort=kl&channel=push", "compare": "view=compare", "about": "view=about", "too_far": "run=1&view=changed&step=60",
 }  # fmt: skip
 
 
-def main(run: str, comparison: str) -> None:
-    """Serve the PPO stage and a comparison, and take a picture of each view; then of the desk of `tilt label`."""
+def main(run: str, comparison: str, too_far: str) -> None:
+    """Serve the PPO stage, a comparison and a run trained too far, and take a picture of each view; then of the desk of `tilt label`."""
     from PIL import Image
     from playwright.sync_api import sync_playwright
 
     server = serve(
-        Site([book for book in books(Path(run)) if book.name.endswith("ppo")], [json.loads(Path(comparison).read_text())]), port=0
+        Site(
+            [*(book for book in books(Path(run)) if book.name.endswith("ppo")), *books(Path(too_far))],
+            [json.loads(Path(comparison).read_text())],
+        ),
+        port=0,
     )
     folder = Path(tempfile.mkdtemp())
     pairs = list(manners.Manners().pairs(held_out=True))[:9]
@@ -52,4 +56,4 @@ def main(run: str, comparison: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:4])

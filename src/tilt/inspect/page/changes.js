@@ -37,9 +37,9 @@ export function changedParts(app, found, jump) {
   else card("Collapse", null, "No answer repeats itself to its end, none lacks its stop.");
   if (found.scatter.push.length) card("push × result", `what was asked, and what came of it; ${finite(found.scatter.as_asked) ? `${shown(100 * found.scatter.as_asked, 3)} % moved as asked` : ""}${found.scatter.cut ? "; a part of the tokens is drawn" : ""}`, cloud(found.scatter));
   if (found.confident.bands.length) card("Over-confidence", `${found.confident.count} tokens above ${found.confident.above}, ${shown(found.confident.pushed_further)} of them pushed further up`,
-    table([{ text: "probability", class: "n" }, { text: "tokens", class: "n" }, { text: "pushed up", class: "n" }, { text: "down", class: "n" }, { text: "looked at after", class: "n" }, { text: "rose", class: "n" }, { text: "crossed", class: "n" }, { text: "mean before", class: "n" }, { text: "after", class: "n" }],
+    table([{ text: "probability", class: "n" }, ...["tokens", "pushed ↑", "↓", "looked", "rose", "crossed", "mean p", "after"].map((text) => ({ text, class: "n" }))],
       found.confident.bands.map((b) => [`${b.from}\u2009–\u2009${b.to}`, b.count, b.pushed_up, b.pushed_down, b.looked, b.rose, b.crossed, shown(b.mean_before, 5), shown(b.mean_after, 5)])),
-    element("p", { class: "quiet", text: "crossed: of those looked at after the step, how many now lie above their band" }),
+    element("p", { class: "quiet", text: "looked: known after the step as well; crossed: of these now above their band" }),
     element("p", { class: "quiet", text: "the chance that one of n answers leaves the top choice, 1 − pⁿ" }),
     table([{ text: "p" }, ...[4, 16, 64].map((n) => ({ text: `n = ${n}`, class: "n" }))], [0.9, 0.99, 0.999].map((p) => [p, ...[4, 16, 64].map((n) => shown(found.confident.leaving.find((l) => l.p === p && l.n === n)?.chance))])));
   if (found.parts?.lines.length > 1) card("The reward and its parts", "over the answers of this step; a reward that goes with the length is a reward for length",
