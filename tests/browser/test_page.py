@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_runs import HOSTILE, answers_of, make_run, step_file, write_metrics
 
@@ -49,6 +50,20 @@ def count(page):
 
 
 # --- overview -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_threshold_of_the_entropy_is_a_percentile(page, served, run):
+    book = Book(run)
+    entropies = np.array(book.rows(10).detail(4)["channels"]["entropy"])
+    with served(Site([book])) as url:
+        visit(page, url, view="rollouts", step=10, step_at=10, row=4, channel="entropy")
+        over = page.locator(".token.over").evaluate_all("nodes => nodes.map((n) => Number(n.dataset.t))")
+        assert sorted(over) == sorted(np.argsort(entropies, kind="stable")[int(np.ceil(0.8 * len(entropies))) :].tolist())
+        assert "the upper 20 %" in page.locator(".rollout").inner_text()
+        visit(page, url, view="rollouts", step=10, step_at=10, row=4, channel="entropy", threshold=0.95)
+        assert page.locator(".token.over").count() == 1, "the highest one always"
+        settled(page, lambda: page.keyboard.press("n"))
+        assert int(state_of(page)["token"]) in np.argsort(entropies)[-4:]
 
 
 def test_the_overview_draws_the_curves_with_alerts_and_a_second_run(page, served, run, second):

@@ -176,8 +176,7 @@ function unhover() { document.getElementById("hover").hidden = true; }
 
 function nextToken(direction) {
   if (!app.current) return;
-  const { r, channel } = app.current, values = r.channels[channel] ?? [];
-  const largest = Math.max(0, ...values.filter(finite).map(Math.abs)), limit = largest * Number(app.state.threshold ?? 0.5);
+  const { r, channel, threshold: limit } = app.current, values = r.channels[channel] ?? [];
   let t = app.state.token !== undefined ? Number(app.state.token) : direction > 0 ? -1 : values.length;
   for (t += direction; t >= 0 && t < values.length; t += direction) if (finite(values[t]) && Math.abs(values[t]) >= limit && limit > 0) return go({ token: String(t) });
   say("no further token over the threshold");

@@ -84,10 +84,11 @@ export async function rolloutView(app, step, row) {
   const paired = r.role === "chosen" || r.role === "rejected";
   const group = state.side === "group" || (paired && state.side === undefined) ? await source.siblings(run, step, row) : null;
   const scale = scaleOf(about.kind, [r, ...group?.rows ?? []].map((one) => one.channels[channel]));
-  app.current = { r, channel, names };
   const values = r.channels[channel] ?? [];
-  const largest = Math.max(0, ...values.filter(finite).map(Math.abs));
-  const share = Number(state.threshold ?? 0.5), threshold = largest * share;
+  // the threshold is a share of the largest value; of the entropy, whose upper fifth holds the tokens that decide, a share of the tokens below it
+  const ranked = channel === "entropy", share = Number(state.threshold ?? (ranked ? 0.8 : 0.5));
+  const threshold = ranked ? quantile(values.filter(finite), share) : values.reduce((most, v) => finite(v) ? Math.max(most, Math.abs(v)) : most, 0) * share;
+  app.current = { r, channel, names, threshold };
   const pinned = state.token !== undefined ? Number(state.token) : null;
   const view = element("div", { class: "rollout" });
 
@@ -115,7 +116,7 @@ export async function rolloutView(app, step, row) {
   if (names.length) view.append(element("div", { class: "bar channels", role: "radiogroup", "aria-label": "Channel" }, names.map((name, i) =>
     button(`${i < 9 ? `${i + 1} ` : ""}${header.channels[name].title}`, () => app.go({ channel: name }), { role: "radio", "aria-checked": name === channel, class: name === channel ? "on" : "", title: header.channels[name].about }))),
     element("div", { class: "bar" }, legend(group ? `${about.title}, one scale` : about.title, scale, about.unit), element("label", { class: "quiet" }, "threshold ",
-      element("input", { type: "range", min: "0", max: "1", step: "0.05", value: share, "aria-label": "Threshold as a share of the largest", onchange: (e) => app.go({ threshold: e.target.value }) }), ` ${shown(threshold, 2)}`),
+      element("input", { type: "range", min: "0", max: "1", step: "0.05", value: share, "aria-label": ranked ? "Threshold as a share of the tokens below it" : "Threshold as a share of the largest", onchange: (e) => app.go({ threshold: e.target.value }) }), ` ${shown(threshold, 2)}${ranked ? `, the upper ${Math.round(100 * (1 - share))} %` : ""}`),
       button("← p", () => app.nextToken(-1), { title: "previous token over the threshold" }), button("n →", () => app.nextToken(1), { title: "next token over the threshold" }),
       button("ids", () => app.go({ ids: state.ids === "1" ? null : "1" }), { "aria-pressed": state.ids === "1" })));
   else view.append(element("p", { class: "quiet", text: "No channels are stored for this answer." }));
@@ -135,6 +136,12 @@ export async function rolloutView(app, step, row) {
   if (group) view.append(groupView(app, group, channel, scale, paired));
   if (state.side === "same") view.append(await sameView(app, step, row));
   return view;
+}
+
+// The value below which a share of the values lies (type 1).
+function quantile(values, share) {
+  const sorted = Float64Array.from(values).sort();
+  return sorted.length ? sorted[Math.min(sorted.length - 1, Math.max(0, Math.ceil(share * sorted.length)))] : 0;
 }
 
 const sum = (values) => values.reduce((a, v) => a + (finite(v) ? v : 0), 0);
