@@ -52,6 +52,16 @@ def count(page):
 # --- overview -------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_step_without_channels_leads_to_the_nearest_with_them(page, served, tmp_path):
+    run = make_run(tmp_path / "made", steps=2)
+    step_file(run / "rollouts", 13, answers_of(13, 8), channels=False)
+    with served(Site([Book(run)])) as url:
+        visit(page, url, view="rollouts", step=13)
+        assert "stored without channels" in page.locator(".rollout").inner_text()
+        settled(page, lambda: page.get_by_role("button", name="step 10").click())
+        assert state_of(page)["step"] == "10" and page.locator(".token").count() > 5
+
+
 def test_the_threshold_of_the_entropy_is_a_percentile(page, served, run):
     book = Book(run)
     entropies = np.array(book.rows(10).detail(4)["channels"]["entropy"])

@@ -64,7 +64,8 @@ async function draw() {
   state.view ??= report() ? "about" : "overview";
   if (state.view === "about" && report() && !before.view) state.view = "overview";
   try {
-    if (String(state.run ?? "0") !== app.run || !app.header) await openRun(String(state.run ?? "0"));
+    if (String(state.run ?? "0") !== app.run || !app.header) await openRun(String(state.run ?? "0"), turn);
+    if (turn !== drawing) return;
     if (state.with !== undefined && state.with !== app.run) { if (app.other?.id !== state.with) await openOther(state.with); } else app.other = null;
   } catch (error) { fail(error); return; }
   if (turn !== drawing) return;
@@ -92,11 +93,12 @@ async function draw() {
 function failure(error) { return element("p", { class: "warn", role: "alert", text: inert(String(error?.message ?? error)) }); }
 function fail(error) { document.getElementById("main").replaceChildren(failure(error)); }
 
-async function openRun(run) {
-  app.run = run;
-  app.curves = new Curves(app.source, run);
-  const [header, steps] = await Promise.all([app.source.header(run), app.source.steps(run), app.curves.read()]);
-  Object.assign(app, { header, steps, listing: new Listing(app.source, run) });
+// Everything of a run is exchanged at once, when it is there: a view drawn meanwhile still finds the run before.
+async function openRun(run, turn) {
+  const curves = new Curves(app.source, run);
+  const [header, steps] = await Promise.all([app.source.header(run), app.source.steps(run), curves.read()]);
+  if (turn !== drawing) return;
+  Object.assign(app, { run, curves, header, steps, entries: [], current: null, kept: null, listing: new Listing(app.source, run) });
   document.title = `${header.name} · tilt`;
 }
 
@@ -142,7 +144,7 @@ async function rolloutsPage(turn) {
   app.entries = entries;
   const total = wanted.reduce((n, s) => n + (app.listing.steps.get(s)?.row.length ?? 0), 0);
   const damaged = wanted.map((s) => app.listing.steps.get(s)?.error).filter(Boolean);
-  if (state.step_at === undefined || state.row === undefined || !app.listing.steps.get(Number(state.step_at)) || !wanted.includes(Number(state.step_at))) {
+  if (state.step_at === undefined || state.row === undefined || !wanted.includes(Number(state.step_at)) || !app.listing.steps.get(Number(state.step_at))?.row.includes(Number(state.row))) {
     const first = entries[0];
     if (first) { state.step_at = String(first[0]); state.row = String(app.listing.steps.get(first[0]).row[first[1]]); }
   }
@@ -211,7 +213,7 @@ function onkey(event) {
   const act = {
     ArrowDown: inList ? () => move(1) : undefined, ArrowUp: inList ? () => move(-1) : undefined,
     j: () => rollouts && move(1), k: () => rollouts && move(-1), n: () => nextToken(1), p: () => nextToken(-1), ArrowRight: () => arrows && nextToken(1), ArrowLeft: () => arrows && nextToken(-1),
-    "/": () => { if (rollouts) document.getElementById("search").focus(); else go({ view: "rollouts" }).then?.(() => document.getElementById("search")?.focus()); },
+    "/": () => { if (rollouts) document.getElementById("search")?.focus(); else go({ view: "rollouts" }).then?.(() => document.getElementById("search")?.focus()); },
     g: () => rollouts && app.toggleGroup(), s: () => rollouts && go({ side: state.side === "same" ? null : "same" }), i: () => go({ ids: state.ids === "1" ? null : "1" }),
     o: () => go({ view: "overview" }), r: () => go({ view: "rollouts" }), c: () => go({ view: "changed" }), m: () => go({ view: "compare" }), a: () => go({ view: "about" }), t: turnTheme, "?": help,
   }[event.key] ?? (/^[1-9]$/.test(event.key) && app.current && app.current.names[Number(event.key) - 1] ? () => go({ channel: app.current.names[Number(event.key) - 1] }) : null);

@@ -1,7 +1,7 @@
 // One answer: its tokens coloured by a channel, everything known of the token under the pointer, its siblings, its prompt over the steps.
 import { element, button, choice, shown, inert, visible, finite, say, table, download } from "tilt/parts";
 import { scaleOf, paint, legend } from "tilt/colour";
-import { strip } from "tilt/charts";
+import { strip, nearest } from "tilt/charts";
 
 const CHUNK = 600;
 
@@ -16,6 +16,7 @@ export function tokensView(app, r, { channel, scale, pinned = null, threshold = 
   const box = element("div", { class: `tokens${app.state.ids === "1" ? " with-ids" : ""}`, lang: "und", dir: "auto" });
   if (!r.tokens.length) {
     box.append(element("span", { class: "plain", text: inert(r.completion, 200000) || "(nothing)" }));
+    box.renew = () => {};
     return box;
   }
   const token = (t) => {
@@ -119,7 +120,11 @@ export async function rolloutView(app, step, row) {
       element("input", { type: "range", min: "0", max: "1", step: "0.05", value: share, "aria-label": ranked ? "Threshold as a share of the tokens below it" : "Threshold as a share of the largest", onchange: (e) => app.go({ threshold: e.target.value }) }), ` ${shown(threshold, 2)}${ranked ? `, the upper ${Math.round(100 * (1 - share))} %` : ""}`),
       button("← p", () => app.nextToken(-1), { title: "previous token over the threshold" }), button("n →", () => app.nextToken(1), { title: "next token over the threshold" }),
       button("ids", () => app.go({ ids: state.ids === "1" ? null : "1" }), { "aria-pressed": state.ids === "1" })));
-  else view.append(element("p", { class: "quiet", text: "No channels are stored for this answer." }));
+  else {
+    const full = app.steps.filter((s) => s.channels), closest = full.length && !full.some((s) => s.step === step) ? nearest(full, step) : null;
+    view.append(element("p", { class: "quiet" }, closest === null ? "No channels are stored for this answer." : "This step is stored without channels; the nearest with them is ",
+      closest === null ? null : button(`step ${closest}`, () => app.go({ step: String(closest), step_at: null, row: null, token: null }), { class: "link" })));
+  }
   const key = JSON.stringify([run, step, row, channel, scale, state.ids]);
   if (app.kept?.r === r && app.kept.key === key) app.kept.box.renew({ pinned, threshold });
   else app.kept = { r, key, box: tokensView(app, r, { channel, scale, pinned, threshold, onpick: (t) => app.go({ token: String(t) === app.state.token ? null : String(t) }) }) };
