@@ -577,9 +577,11 @@ def test_an_answer_of_thirty_thousand_tokens_is_read_without_a_long_task(page, s
         for wanted in over[:2]:
             settled(page, lambda: page.keyboard.press("n"))
             assert int(state_of(page)["token"]) == wanted
-            assert page.locator(".rollout > .tokens .pinned").evaluate(
-                "n => { const b = n.closest('.tokens').getBoundingClientRect(), r = n.getBoundingClientRect(); return r.top >= b.top - 1 && r.bottom <= b.bottom + 1; }"
-            ), "the token is brought into sight"
+            # the token is brought into sight
+            page.wait_for_function(
+                "() => { const n = document.querySelector('.rollout > .tokens .pinned'), b = n.closest('.tokens').getBoundingClientRect(), r = n.getBoundingClientRect(); return r.top >= b.top - 1 && r.bottom <= b.bottom + 1; }"
+            )
+        page.wait_for_timeout(300)
         top = page.locator(".rollout > .tokens").evaluate("n => n.scrollTop")
         settled(page, lambda: page.keyboard.press("Escape"))
         assert abs(page.locator(".rollout > .tokens").evaluate("n => n.scrollTop") - top) < 2, "the text stays where it is"

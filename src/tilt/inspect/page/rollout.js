@@ -48,11 +48,13 @@ export function tokensView(app, r, { channel, scale, pinned = null, threshold = 
     if (end < r.tokens.length) setTimeout(more);
   };
   box.renew = (now) => { ({ pinned, threshold } = now); nodes.forEach(dress); };
-  box.reveal = () => {
+  // Chunks that were not on screen yet have a guessed height: what they turn out to be moves the token, so it is looked for again in the frames after.
+  box.reveal = (again = 6) => {
     const node = nodes[pinned];
     if (!node) return;
     const inner = box.getBoundingClientRect(), at = node.getBoundingClientRect();
     if (at.top < inner.top || at.bottom > inner.bottom) node.scrollIntoView({ block: "nearest", inline: "nearest" });
+    if (r.tokens.length > CHUNK && again) requestAnimationFrame(() => { if (box.isConnected && nodes[pinned] === node) box.reveal(again - 1); });
   };
   more();
   const at = (e) => { const node = e.target.closest?.(".token"); return node ? Number(node.dataset.t) : null; };
