@@ -36,7 +36,9 @@ def test_nothing_that_a_person_does_breaks_the_page(page, served, tmp_path, seed
         done: list[str] = []
         for _ in range(160):
             kind = chance.random()
-            with contextlib.suppress(playwright.Error):  # what was there a moment ago is gone: the page was drawn anew
+            with contextlib.suppress(
+                playwright.Error, IndexError
+            ):  # what was there a moment ago is gone: the page is drawn anew, or was left
                 if kind < 0.4:
                     done.append(chance.choice(KEYS))
                     page.keyboard.press(done[-1])
@@ -54,6 +56,7 @@ def test_nothing_that_a_person_does_breaks_the_page(page, served, tmp_path, seed
                     page.go_back(timeout=1000)
             if not page.url.startswith(url):
                 page.goto(url)
+                page.wait_for_selector("html[data-drawn]")
             text = page.evaluate("document.body.innerText")
             assert not page.errors and not refused, (page.errors, refused, done[-8:], page.url)
             assert not any(word in text for word in ("undefined", "NaN", "[object", "is not a function")), (done[-8:], page.url)
