@@ -13,7 +13,8 @@ from rich.console import Console
 
 from tilt.errors import UsageError
 from tilt.inspect.book import Book
-from tilt.inspect.changed import WORDS, Tokens, changed, collapse_over, kind_of, leaving, repeats_from, strays_from
+from tilt.inspect.changed import Tokens, changed, kind_of, leaving
+from tilt.inspect.collapse import WORDS, collapse_over, repeats_from, strays_from
 from tilt.inspect.report import LARGEST, collected, embedded, picked, report, spread, thinned, write_report
 from tilt.inspect.tables import Rows
 from tilt.inspect.terminal import show, spark, visible

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tilt.inspect.book import Book
-from tilt.inspect.changed import repeats_from
+from tilt.inspect.collapse import repeats_from
 from tilt.recipes import rl, sft
 from tilt.recipes.opening import loading
 from tilt.recipes.quickstart import MANNERS_SFT, _write

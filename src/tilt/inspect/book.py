@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from tilt.errors import DataError, TiltError
-from tilt.inspect.changed import Tokens, changed_of, collapse_over
+from tilt.inspect.changed import Tokens, changed_of
+from tilt.inspect.collapse import collapse_over
 from tilt.inspect.tables import Rows, cut, key_of, number
 from tilt.runs.listing import status_of
 
